@@ -1,0 +1,130 @@
+"""The cluster file (deployments/*.yaml) as pydantic models. Each part is handed to the one class that it configures.
+
+A path is taken relative to the file's own folder; `demo` names the committed pair.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tandem_serve.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ReplicaResources(_Part):
+    """What Ray reserves for one replica."""
+
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    label_selector: dict[str, str] = Field(default_factory=dict)  # Ray node labels, e.g. {pool: primary}
+    num_threads: int = Field(1, ge=1, le=256)  # torch threads in the replica
+
+
+class PrimaryEngineConfig(_Part):
+    """The embedded torch engine of the primary pool."""
+
+    engine: Literal["torch"] = "torch"
+    dtype: Dtype = "float32"
+    device: str = "cpu"
+    max_num_seqs: int = Field(32, ge=1, le=4096)  # sequences in a batch
+    max_num_waiting: int = Field(256, ge=0)  # queued beyond that before Overloaded
+    max_num_batched_tokens: int = Field(512, ge=16)  # tokens a forward pass, prompt chunks included
+    kv_cache_tokens: int = Field(65_536, ge=64)  # budget of the KV cache; requests queue when it is reserved
+    kv_block_size: int = Field(16, ge=1)  # granularity of a reservation, in tokens
+    max_model_len: int | None = Field(None, ge=2)  # None: what the checkpoint allows
+    representation_memory_bytes: int = Field(256 << 20, ge=0)  # host memory for taps kept to re-attach drafters
+    block_length: int = Field(5, ge=0, le=64)  # drafts a round where a request does not say
+    draft_timeout_s: float = Field(0.5, gt=0)  # after which a round goes on without drafts
+
+
+class DrafterEngineConfig(_Part):
+    """The drafter engine."""
+
+    dtype: Dtype = "float32"
+    device: str = "cpu"
+    max_num_seqs: int = Field(256, ge=1)
+    kv_cache_tokens: int = Field(262_144, ge=64)
+    max_block_length: int = Field(32, ge=1, le=64)
+    idle_timeout_s: float = Field(60.0, gt=0)  # a sequence not heard of for so long is dropped
+    representation_dtype: Literal["bf16", "int8", "f32"] = "bf16"
+    credit_bytes: int = Field(64 << 20, ge=1 << 16)  # a stream's bytes in flight
+    max_message_bytes: int = Field(64 << 20, ge=1 << 16)
+
+
+class PrimaryPool(_Part):
+    model: str  # folder or hub id
+    num_replicas: int = Field(1, ge=1)
+    resources: ReplicaResources = ReplicaResources()
+    engine: PrimaryEngineConfig = PrimaryEngineConfig()
+
+
+class DrafterPool(_Part):
+    model: str
+    num_replicas: int = Field(1, ge=0)  # 0: plain decoding
+    resources: ReplicaResources = ReplicaResources()
+    engine: DrafterEngineConfig = DrafterEngineConfig()
+
+
+class RouterLimits(_Part):
+    """What one request may ask for."""
+
+    max_n: int = Field(16, ge=1)
+    max_prompts: int = Field(64, ge=1)
+    max_stop_strings: int = Field(4, ge=0)
+    max_logprobs: int = Field(20, ge=0)
+    max_body_bytes: int = Field(4 << 20, ge=1024)
+
+
+class RouterPool(_Part):
+    """The ingress: HTTP and gRPC."""
+
+    model_name: str  # what clients call the model
+    num_replicas: int = Field(1, ge=1)
+    resources: ReplicaResources = ReplicaResources(num_cpus=0.1)
+    host: str = "127.0.0.1"
+    http_port: int = Field(8000, ge=0, le=65535)
+    grpc_port: int = Field(9000, ge=0, le=65535)
+    limits: RouterLimits = RouterLimits()
+    request_timeout_s: float | None = Field(None, gt=0)
+    max_ongoing_requests: int = Field(1024, ge=1)
+
+
+class ClusterConfig(_Part):
+    """One cluster: three pools, three Ray Serve applications."""
+
+    name: str = "tandem"
+    primary: PrimaryPool
+    drafter: DrafterPool
+    router: RouterPool
+
+
+def load_cluster_config(path: Path) -> ClusterConfig:
+    """Reads and checks a cluster file.
+
+    Raises:
+        ConfigError: naming the file, the field and what is wrong with it.
+    """
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    try:
+        return ClusterConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: {problems}") from error
+
+
+def resolve_model(model: str, relative_to: Path) -> str:
+    """A model reference as a path where such a folder exists beside the file, else as it stands (a hub id)."""
+    candidate = (relative_to / model).resolve()
+    return str(candidate) if candidate.is_dir() else model

@@ -1,0 +1,202 @@
+"""The records that cross a thread, a process or a pool. Frozen, plain, and all in this one place.
+
+Vocabulary (docs/architecture.md draws it): a *position* is a token's index in its sequence, prompt included, from 0. A
+*tap* j is the output of primary layer j at a position: tap 0 the embedding, tap L the last layer before the final norm.
+A *round* is one request for a block of drafts; an *incarnation* is one life of a sequence at one drafter. Together they
+fence off late and duplicate messages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# ------------------------------------------------------------------ requests
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one token is chosen from a row of logits (decoding/sampling.py). Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0  # (0, 1]; 1 keeps all
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0  # [0, 1); 0 keeps all
+    seed: int = 0  # 64 bits, signed; the text depends on prompt, seed and primary alone
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate. Token level: text, stop strings and `n` are the front end's business."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    stop_token_ids: tuple[int, ...] = ()  # the model's own end-of-text ids included; any of them ends with STOP
+    num_logprobs: int | None = None  # None: none; 0: of the chosen token alone; n: and of the n likeliest
+    block_length: int | None = None  # drafts a round; None: the engine's default; 0: plain decoding
+    drafter_address: str | None = None  # the router's pairing; None: any drafter that the engine knows
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended (OpenAI's words, plus ABORT)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one emitted token under the primary's unfiltered softmax at temperature 1."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStep:
+    """What one engine step adds to one sequence: accepted drafts, then the primary's own token.
+
+    token_ids[:num_accepted_tokens] were drafts; the rest (one token at most) is the primary's. The final step carries
+    finish_reason; a token that ended the sequence is included.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_accepted_tokens: int = 0
+    num_draft_tokens: int = 0  # drafts that this step verified
+    logprobs: tuple[TokenLogprob, ...] = ()  # one a token where asked for, else empty
+    finish_reason: FinishReason | None = None
+
+
+# ------------------------------------------------------------------ who is who
+
+
+@dataclass(frozen=True, slots=True)
+class PrimaryInfo:
+    """What a primary serves. Compared in the drafting handshake and listed by the router."""
+
+    model: str
+    fingerprint: str
+    tokenizer_hash: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterInfo:
+    """What a drafter needs of a primary, and what it offers. A plain drafter has no taps and any primary."""
+
+    model: str
+    fingerprint: str
+    primary_fingerprint: str  # "" for a plain drafter: it fits any primary with the same tokenizer
+    tokenizer_hash: str
+    vocab_size: int
+    taps: tuple[int, ...]  # ascending primary layer numbers; () for a plain drafter
+    primary_hidden_size: int  # 0 for a plain drafter
+    max_block_length: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrimaryStatus:
+    """A primary's load, for pairing and for `tandem-serve status`."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_cache_usage: float  # share of the KV budget reserved, 0..1
+    drafters: tuple[tuple[str, str], ...] = ()  # (address, link state)
+
+
+# ------------------------------------------------------------------ primary -> drafter
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSequence:
+    """Starts a sequence, or starts it over under a higher incarnation."""
+
+    sequence_id: str
+    incarnation: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendSequence:
+    """Verified positions start_position .. start_position + n - 1, and the token that opens the next block.
+
+    Positions arrive in order and without gaps. next_token_id is the token at position start_position + n, which the
+    primary has chosen but not yet run; None while chunks of the prompt are still to come. n may be 0.
+    """
+
+    sequence_id: str
+    incarnation: int
+    round: int  # answered by the DraftBlock with the same round
+    start_position: int
+    token_ids: tuple[int, ...]  # [n]
+    representations: Tensor | None  # [n, num_taps, hidden_size of the primary], CPU; None for a drafter without taps
+    next_token_id: int | None
+    block_length: int  # drafts wanted; 0: none
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSequence:
+    """Forgets a sequence. Unknown ones are ignored: the drafter may have dropped them itself."""
+
+    sequence_id: str
+    incarnation: int
+
+
+DrafterCommand = OpenSequence | ExtendSequence | CloseSequence
+
+# ------------------------------------------------------------------ drafter -> primary
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBlock:
+    """The drafts of one round; possibly fewer than asked for."""
+
+    sequence_id: str
+    incarnation: int
+    round: int
+    draft_token_ids: tuple[int, ...]
+    draft_time_s: float = 0.0  # how long the drafter worked on the batch that held this block
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRejected:
+    """The drafter will not draft this sequence on (malformed, out of space, idle too long, unknown).
+
+    Costs this one sequence its drafts; retryable ones may be opened again under a higher incarnation.
+    """
+
+    sequence_id: str
+    incarnation: int
+    message: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CreditGranted:
+    """The drafter has taken in commands worth num_bytes (see credit_cost_bytes): that much more may be sent."""
+
+    num_bytes: int
+
+
+DraftEvent = DraftBlock | SequenceRejected | CreditGranted
+
+
+def credit_cost_bytes(command: DrafterCommand) -> int:
+    """What a command counts against the link's credit, the same at both ends whatever the wire's dtype. In bytes."""
+    if not isinstance(command, ExtendSequence):
+        return 64
+    values = 0 if command.representations is None else command.representations.numel()
+    return 64 + 4 * len(command.token_ids) + 2 * values
