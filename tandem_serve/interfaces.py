@@ -15,8 +15,11 @@ from tandem_serve.types import (
     DraftEvent,
     GenerationRequest,
     GenerationStep,
+    ModelCard,
     PrimaryInfo,
     PrimaryStatus,
+    TextDelta,
+    TextRequest,
 )
 
 
@@ -29,6 +32,19 @@ class Primary(Protocol):
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationStep]:
         """Streams the sequence. Closing the iterator aborts the request in both pools.
+
+        Raises InvalidRequest, Overloaded, Unavailable.
+        """
+        ...
+
+
+class TextService(Protocol):
+    """Text in, text out: what the public gRPC service and the HTTP endpoints stand on."""
+
+    async def models(self) -> list[ModelCard]: ...
+
+    def complete(self, request: TextRequest) -> AsyncIterator[TextDelta]:
+        """Streams all completions of a request, interleaved. Closing the iterator aborts them in both pools.
 
         Raises InvalidRequest, Overloaded, Unavailable.
         """

@@ -76,6 +76,67 @@ class GenerationStep:
     finish_reason: FinishReason | None = None
 
 
+# ------------------------------------------------------------------ text level
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """One prompt to complete n times: what the HTTP endpoints and the public gRPC service have in common."""
+
+    request_id: str
+    model: str  # "" for the only one
+    prompt: str | tuple[int, ...]
+    max_tokens: int = 16
+    temperature: float = 1.0  # the fields down to seed: see SamplingParams
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None  # None: a random one; completion i of n draws from its own seed, derived from this one
+    n: int = 1
+    stop: tuple[str, ...] = ()  # the text ends before the first that occurs
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-text ids
+    ignore_eos: bool = False  # go on past the model's own end-of-text ids
+    logprobs: int | None = None  # as GenerationRequest.num_logprobs
+    block_length: int | None = None  # as GenerationRequest.block_length
+
+
+@dataclass(frozen=True, slots=True)
+class TextUsage:
+    """What one completion took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    num_drafts: int = 0  # rounds that had drafts
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What one engine step adds to one of a request's completions.
+
+    text may lag behind token_ids (an incomplete character, the start of a stop string). The last delta of an index
+    carries finish_reason and usage.
+    """
+
+    index: int  # 0 .. n - 1
+    text: str
+    token_ids: tuple[int, ...] = ()  # accepted drafts first
+    num_accepted_tokens: int = 0
+    num_draft_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: TextUsage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One model that a TextService serves."""
+
+    id: str
+    max_model_len: int
+
+
 # ------------------------------------------------------------------ who is who
 
 
