@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -30,7 +30,7 @@ class Primary(Protocol):
 
     async def status(self) -> PrimaryStatus: ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationStep]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Streams the sequence. Closing the iterator aborts the request in both pools.
 
         Raises InvalidRequest, Overloaded, Unavailable.
@@ -43,7 +43,7 @@ class TextService(Protocol):
 
     async def models(self) -> list[ModelCard]: ...
 
-    def complete(self, request: TextRequest) -> AsyncIterator[TextDelta]:
+    def complete(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         """Streams all completions of a request, interleaved. Closing the iterator aborts them in both pools.
 
         Raises InvalidRequest, Overloaded, Unavailable.

@@ -168,6 +168,26 @@ class DrafterInfo:
     max_model_len: int
 
 
+def mismatches(primary: PrimaryInfo, drafter: DrafterInfo) -> list[str]:
+    """What keeps this drafter from drafting for this primary, naming both sides; empty where they fit together."""
+    pairs = [
+        ("tokenizer hash", primary.tokenizer_hash, drafter.tokenizer_hash),
+        ("vocab_size", primary.vocab_size, drafter.vocab_size),
+    ]
+    if drafter.primary_fingerprint:
+        pairs.append(("primary fingerprint", primary.fingerprint, drafter.primary_fingerprint))
+    if drafter.taps:
+        pairs.append(("hidden_size of the primary", primary.hidden_size, drafter.primary_hidden_size))
+    found = [
+        f"{what}: the primary has {ours!r}, the drafter needs {theirs!r}"
+        for what, ours, theirs in pairs
+        if ours != theirs
+    ]
+    if drafter.taps and max(drafter.taps) > primary.num_layers:
+        found.append(f"taps: the primary has {primary.num_layers} layers, the drafter reads {list(drafter.taps)}")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class PrimaryStatus:
     """A primary's load, for pairing and for `tandem-serve status`."""
