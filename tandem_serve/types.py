@@ -86,7 +86,7 @@ class TextRequest:
     request_id: str
     model: str  # "" for the only one
     prompt: str | tuple[int, ...]
-    max_tokens: int = 16
+    max_tokens: int | None = 16  # None: as many as fit
     temperature: float = 1.0  # the fields down to seed: see SamplingParams
     top_p: float = 1.0
     top_k: int = 0
@@ -124,6 +124,7 @@ class TextDelta:
     token_ids: tuple[int, ...] = ()  # accepted drafts first
     num_accepted_tokens: int = 0
     num_draft_tokens: int = 0
+    num_accepted_chars: int = 0  # text[:num_accepted_chars] comes from accepted drafts
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: TextUsage | None = None
