@@ -1,0 +1,93 @@
+"""The public InferenceService over a TextService: as functions for Ray Serve's ingress, and as a server without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from tandem_serve.interfaces import TextService
+from tandem_serve.rpc import fields
+from tandem_serve.rpc._gen.tandem.v1 import inference_pb2
+from tandem_serve.rpc.convert_inference import generate_response, list_models_response, parse_generate_request
+from tandem_serve.rpc.listening import AioHealth, bind, server_options
+from tandem_serve.rpc.statuses import abort_with
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+MAX_MESSAGE_BYTES = 8 << 20
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+async def generate(
+    service: TextService, message: inference_pb2.GenerateRequest
+) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    """The Generate method. Raises what the service raises (statuses.set_status puts it on a call)."""
+    async with aclosing(service.complete(parse_generate_request(message))) as deltas:
+        async for delta in deltas:
+            yield generate_response(delta)
+
+
+async def list_models(service: TextService) -> inference_pb2.ListModelsResponse:
+    """The ListModels method."""
+    return list_models_response(await service.models())
+
+
+class InferenceServer:
+    """Serves a TextService on the running event loop. A cancelled call closes its stream, which aborts the request."""
+
+    def __init__(self, service: TextService, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Binds the port (0: any free one); serves after start(). Needs a running loop. Raises OSError."""
+        self._service = service
+        self._server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES))
+        handlers = {
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self._generate,
+                request_deserializer=None,
+                response_serializer=inference_pb2.GenerateResponse.SerializeToString,
+            ),
+            "ListModels": grpc.unary_unary_rpc_method_handler(
+                self._list_models,
+                request_deserializer=None,
+                response_serializer=inference_pb2.ListModelsResponse.SerializeToString,
+            ),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._health = AioHealth(self._server, [SERVICE])
+        self._host = host
+        self._port = bind(self._server, host, port)
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    @property
+    def address(self) -> str:
+        return f"{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        await self._server.start()
+        await self._health.set_serving(True)
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Takes no new calls, gives running ones grace_s, then cancels them."""
+        await self._health.set_serving(False)
+        await self._server.stop(grace_s)
+
+    async def _generate(self, data: bytes, context: Context) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        try:
+            message = fields.parse(inference_pb2.GenerateRequest, data)
+            async with aclosing(generate(self._service, message)) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:
+            await abort_with(context, error)
+
+    async def _list_models(self, data: bytes, context: Context) -> inference_pb2.ListModelsResponse:
+        try:
+            fields.parse(inference_pb2.ListModelsRequest, data)
+            return await list_models(self._service)
+        except Exception as error:
+            await abort_with(context, error)

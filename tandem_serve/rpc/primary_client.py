@@ -1,0 +1,59 @@
+"""interfaces.Primary at another process: a client of PrimaryService."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import grpc
+
+from tandem_serve.rpc._gen.tandem.v1 import control_pb2, control_pb2_grpc
+from tandem_serve.rpc.convert_primary import (
+    generate_tokens_request,
+    parse_generate_tokens_response,
+    parse_primary_status_response,
+)
+from tandem_serve.rpc.listening import channel_options
+from tandem_serve.rpc.statuses import error_from
+from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
+
+STATUS_TIMEOUT_S = 5.0
+
+
+class GrpcPrimary:
+    """A primary at host:port. Raises what the primary itself would (rpc/statuses.py); does not retry.
+
+    Made and used on one event loop.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=channel_options())
+        self._stub = control_pb2_grpc.PrimaryServiceStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def info(self) -> PrimaryInfo:
+        return (await self._get_status())[0]
+
+    async def status(self) -> PrimaryStatus:
+        return (await self._get_status())[1]
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
+        """Streams the sequence; closing the generator cancels the call, which aborts the request over there."""
+        call = self._stub.GenerateTokens(generate_tokens_request(request))
+        try:
+            async for message in call:
+                yield parse_generate_tokens_response(message, request.request_id)
+        except grpc.aio.AioRpcError as error:
+            raise error_from(error.code(), error.details(), error.trailing_metadata()) from error
+        finally:
+            call.cancel()
+
+    async def _get_status(self) -> tuple[PrimaryInfo, PrimaryStatus]:
+        try:
+            request = control_pb2.GetPrimaryStatusRequest()
+            message = await self._stub.GetPrimaryStatus(request, timeout=STATUS_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_from(error.code(), error.details(), error.trailing_metadata()) from error
+        return parse_primary_status_response(message)

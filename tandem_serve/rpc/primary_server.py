@@ -1,0 +1,88 @@
+"""The token-level PrimaryService over any interfaces.Primary, for processes without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from tandem_serve.interfaces import Primary
+from tandem_serve.rpc import fields
+from tandem_serve.rpc._gen.tandem.v1 import control_pb2
+from tandem_serve.rpc.convert_primary import (
+    generate_tokens_response,
+    parse_generate_tokens_request,
+    primary_status_response,
+)
+from tandem_serve.rpc.listening import AioHealth, bind, server_options
+from tandem_serve.rpc.statuses import abort_with
+
+SERVICE = control_pb2.DESCRIPTOR.services_by_name["PrimaryService"].full_name
+MAX_MESSAGE_BYTES = 32 << 20  # a prompt of some millions of ids
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class PrimaryServer:
+    """Serves one primary on the running event loop. A cancelled call closes the primary's stream, which aborts it."""
+
+    def __init__(self, primary: Primary, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Binds the port (0: any free one); serves after start(). Needs a running loop. Raises OSError."""
+        self._primary = primary
+        self._vocab_size = 0  # known from start() on
+        self._server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES))
+        handlers = {
+            "GenerateTokens": grpc.unary_stream_rpc_method_handler(
+                self._generate,
+                request_deserializer=None,
+                response_serializer=control_pb2.GenerateTokensResponse.SerializeToString,
+            ),
+            "GetPrimaryStatus": grpc.unary_unary_rpc_method_handler(
+                self._status,
+                request_deserializer=None,
+                response_serializer=control_pb2.GetPrimaryStatusResponse.SerializeToString,
+            ),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._health = AioHealth(self._server, [SERVICE])
+        self._host = host
+        self._port = bind(self._server, host, port)
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    @property
+    def address(self) -> str:
+        return f"{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        self._vocab_size = (await self._primary.info()).vocab_size
+        await self._server.start()
+        await self._health.set_serving(True)
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Takes no new calls, gives running ones grace_s, then cancels them."""
+        await self._health.set_serving(False)
+        await self._server.stop(grace_s)
+
+    async def _generate(
+        self, data: bytes, context: Context
+    ) -> AsyncGenerator[control_pb2.GenerateTokensResponse, None]:
+        try:
+            message = fields.parse(control_pb2.GenerateTokensRequest, data)
+            request = parse_generate_tokens_request(message, self._vocab_size)
+            async with aclosing(self._primary.generate(request)) as steps:
+                async for step in steps:
+                    yield generate_tokens_response(step)
+        except Exception as error:
+            await abort_with(context, error)
+
+    async def _status(self, data: bytes, context: Context) -> control_pb2.GetPrimaryStatusResponse:
+        try:
+            fields.parse(control_pb2.GetPrimaryStatusRequest, data)
+            return primary_status_response(await self._primary.info(), await self._primary.status())
+        except Exception as error:
+            await abort_with(context, error)
