@@ -39,7 +39,7 @@ format: $(DEV) ## what ruff can mend by itself
 protos: $(DEV) ## tandem_serve/rpc/_gen from protos/
 	$(BIN)/python scripts/generate_protos.py
 
-train-demo: export OMP_NUM_THREADS := $(shell nproc)
+train-demo: export OMP_NUM_THREADS := $(shell env -u OMP_NUM_THREADS nproc)
 train-demo: $(RUNTIME) ## the committed demo pair again, from nothing (2 hours of CPU)
 	$(BIN)/tandem-serve train demo
 
