@@ -275,31 +275,31 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
 def hf_tensors(model: TandemDrafter | Decoder) -> dict[str, Tensor]:
     """Every weight under its Hugging Face name, as views into the model's fused parameters: to save from and load into."""
     if isinstance(model, TandemDrafter):
-        projections = {f"tandem.ff.{j}.weight": model.ff.data[j] for j in range(model.ff.shape[0])}
+        projections = {f"tandem.ff.{j}.weight": model.ff.data[j].t() for j in range(model.ff.shape[0])}
         return {**hf_tensors(model.decoder), **projections}
     tensors = {"model.embed_tokens.weight": model.embedding.data, "model.norm.weight": model.norm.data}
     if model.head is not None:
-        tensors["lm_head.weight"] = model.head.data
+        tensors["lm_head.weight"] = model.head.data.t()
     for i, w in enumerate(model.layer_weights):
         tensors.update({f"model.layers.{i}.{name}": t.data for name, t in _layer_tensors(model.config, w).items()})
     return tensors
 
 
 def _layer_tensors(c: DecoderConfig, w: LayerWeights) -> dict[str, Tensor]:
-    rows = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
+    parts = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gate, up = w.gate_up.detach().chunk(2)
+    gate, up = w.gate_up.detach().t().chunk(2)
     tensors = {
         "input_layernorm.weight": w.attention_norm,
         "post_attention_layernorm.weight": w.mlp_norm,
-        "self_attn.o_proj.weight": w.output,
+        "self_attn.o_proj.weight": w.output.detach().t(),
         "mlp.gate_proj.weight": gate,
         "mlp.up_proj.weight": up,
-        "mlp.down_proj.weight": w.down,
-        **{f"{name}.weight": part for name, part in zip(names, w.qkv.detach().split(rows), strict=True)},
+        "mlp.down_proj.weight": w.down.detach().t(),
+        **{f"{name}.weight": part for name, part in zip(names, w.qkv.detach().t().split(parts), strict=True)},
     }
     if w.qkv_bias is not None:
-        tensors |= {f"{name}.bias": part for name, part in zip(names, w.qkv_bias.detach().split(rows), strict=True)}
+        tensors |= {f"{name}.bias": part for name, part in zip(names, w.qkv_bias.detach().split(parts), strict=True)}
     if w.output_bias is not None:
         tensors["self_attn.o_proj.bias"] = w.output_bias
     if w.q_norm is not None and w.k_norm is not None:

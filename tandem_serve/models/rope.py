@@ -64,7 +64,7 @@ class RopeConfig:
 
 
 def rope_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device | str) -> Tensor:
-    """cos and sin for every position, [num_positions, 2 * head_dim] float32: D cosines, then D sines.
+    """cos and sin for every position, [num_positions, 2, 1, head_dim] float32.
 
     The sines of the first half are negated, so that `rotate` needs no rotate_half. Positions beyond the table are the
     caller's mistake (an index error): a sequence never grows past max_position_embeddings.
@@ -72,11 +72,11 @@ def rope_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torc
     inverse, factor = _FREQUENCIES[rope.rope_type](rope, head_dim)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inverse).to(device)
     cos, sin = angles.cos() * factor, angles.sin() * factor
-    return torch.cat((cos, cos, -sin, sin), dim=-1)
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1).unsqueeze(2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates heads x [..., H, D] by cos, sin [..., 1, D] from `rope_table`. Equals Hugging Face's rotate_half form."""
+    """Rotates heads x [..., H, D] by cos and sin [..., 1, D] of `rope_table`; Hugging Face's rotate_half in three kernels."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tandem_serve.errors import ConfigError
-from tandem_serve.models.decoder import Decoder, masked_attention, rms_norm
+from tandem_serve.models.decoder import Decoder, masked_attention
+from tandem_serve.models.norm import RmsNorm
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class TandemDrafter(nn.Module):
         self.config = config
         self.taps = config.taps
         self._tap_index = tuple(self.taps.index(layer) for layer in config.layer_map)
-        shape = (c.num_layers, c.hidden_size, config.primary_hidden_size)
-        self.ff = nn.Parameter(torch.empty(shape, dtype=decoder.dtype, device=decoder.device))  # [L_S, d_S, d_L]
+        self._normalise = RmsNorm(config.primary_hidden_size, c.rms_norm_eps)
+        shape = (c.num_layers, config.primary_hidden_size, c.hidden_size)
+        self.ff = nn.Parameter(torch.empty(shape, dtype=decoder.dtype, device=decoder.device))  # [L_S, d_L, d_S]
 
     @torch.no_grad()
     def init_projections(self, seed: int = 0) -> TandemDrafter:
@@ -83,11 +84,10 @@ class TandemDrafter(nn.Module):
         Returns:
             One (k [..., Hkv, D] rotated, v [..., Hkv, D]) per MS layer.
         """
-        unit = rms_norm(representations, None, self.decoder.config.rms_norm_eps).to(self.ff.dtype)
-        taps = unit.unbind(-2)
+        taps = self._normalise(representations).to(self.ff.dtype).unbind(-2)
         rotation = self.decoder.rotation(positions)
         return [
-            self.decoder.keys_values(layer, F.linear(taps[tap], self.ff[layer]), rotation)
+            self.decoder.keys_values(layer, taps[tap] @ self.ff[layer], rotation)
             for layer, tap in enumerate(self._tap_index)
         ]
 
