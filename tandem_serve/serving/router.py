@@ -1,0 +1,222 @@
+"""Pairing: which primary and which drafter a sequence gets, and who takes over when a primary dies.
+
+Pure logic over interfaces.Primary; how replicas are reached and discovered is told from outside. Loads are this
+router's own counts: exact for one router, and with several a fair sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from tandem_serve.errors import Overloaded, Unavailable
+from tandem_serve.interfaces import Primary
+from tandem_serve.serving.streams import closing
+from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
+
+_RETRY_INTERVAL_S = 0.2  # between rounds over all primaries, while none can serve
+_STATUS_TIMEOUT_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class Pool:
+    """The members of a pool and how many sequences each carries for this router."""
+
+    def __init__(self) -> None:
+        self._members: tuple[str, ...] = ()
+        self._running: Counter[str] = Counter()  # those of members that have left too, until they end
+        self._turns: Counter[str] = Counter()
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self._members
+
+    def num_running(self, member: str) -> int:
+        return self._running[member]
+
+    def set_members(self, members: Iterable[str]) -> None:
+        """Who may get new sequences. Those that run elsewhere go on."""
+        self._members = tuple(sorted(set(members)))
+        newcomers_turn = min((self._turns[m] for m in self._members if m in self._turns), default=0)
+        self._turns = Counter({m: self._turns.get(m, newcomers_turn) for m in self._members})
+
+    def pick(self, exclude: Container[str] = ()) -> str | None:
+        """The least loaded member; of equals the one that has had the fewest turns. None where there is none."""
+        candidates = [member for member in self._members if member not in exclude]
+        return min(candidates, key=lambda member: (self._running[member], self._turns[member]), default=None)
+
+    @contextmanager
+    def carrying(self, member: str | None) -> Iterator[None]:
+        """Counts one sequence on a member (None: on nobody) while the block runs."""
+        if member is None:
+            yield
+            return
+        self._running[member] += 1
+        self._turns[member] += 1
+        try:
+            yield
+        finally:
+            self._running[member] -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class PrimaryOverview:
+    """One primary as this router sees it. status is None where it did not answer."""
+
+    name: str
+    num_sequences: int
+    status: PrimaryStatus | None
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterOverview:
+    """One drafter: how many of this router's sequences are paired with it, and which primaries are linked to it."""
+
+    address: str
+    num_sequences: int
+    linked_primaries: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOverview:
+    """Both pools, for `tandem-serve status` and the metrics."""
+
+    primaries: tuple[PrimaryOverview, ...]
+    drafters: tuple[DrafterOverview, ...]
+
+
+class PairingRouter:
+    """A Primary made of many: each sequence runs on the least-loaded primary, paired with the least-loaded drafter.
+
+    A primary that fails in mid-sequence is replaced: another one is given the prompt and all tokens delivered so far,
+    with the same seed, and goes on with the very token that was due (noise belongs to positions, not to replicas).
+    """
+
+    def __init__(self, *, failover_timeout_s: float = 15.0) -> None:
+        self._failover_timeout_s = failover_timeout_s  # how long a sequence waits for a primary that can serve
+        self._clients: dict[str, Primary] = {}
+        self._primaries = Pool()
+        self._drafters = Pool()
+
+    def set_primaries(self, clients: Mapping[str, Primary]) -> None:
+        self._clients = dict(clients)
+        self._primaries.set_members(clients)
+
+    def set_drafters(self, addresses: Iterable[str]) -> None:
+        self._drafters.set_members(addresses)
+
+    async def info(self) -> PrimaryInfo:
+        """Any primary's, for they all serve the same model."""
+        reason = "no primary is known"
+        for client in list(self._clients.values()):
+            try:
+                return await client.info()
+            except Unavailable as error:
+                reason = str(error)
+        raise Unavailable(f"no primary can be reached: {reason}")
+
+    async def status(self) -> PrimaryStatus:
+        """The pool's sums, and the highest cache usage. Raises Unavailable where no primary answers."""
+        known = [primary.status for primary in (await self.overview()).primaries if primary.status is not None]
+        if not known:
+            raise Unavailable("no primary answers")
+        return PrimaryStatus(
+            num_requests_running=sum(status.num_requests_running for status in known),
+            num_requests_waiting=sum(status.num_requests_waiting for status in known),
+            kv_cache_usage=max(status.kv_cache_usage for status in known),
+            drafters=tuple(sorted({link for status in known for link in status.drafters})),
+        )
+
+    async def overview(self) -> ClusterOverview:
+        """Every replica of both pools. Takes at most a few seconds, whoever does not answer."""
+        names = self._primaries.members
+        statuses = await asyncio.gather(*(_status_or_none(self._clients[name]) for name in names))
+        links: dict[str, list[str]] = {address: [] for address in self._drafters.members}
+        for name, status in zip(names, statuses, strict=True):
+            for address, state in status.drafters if status else ():
+                links.setdefault(address, []).extend([name] if state == "ready" else [])
+        return ClusterOverview(
+            primaries=tuple(
+                PrimaryOverview(name, self._primaries.num_running(name), status)
+                for name, status in zip(names, statuses, strict=True)
+            ),
+            drafters=tuple(
+                DrafterOverview(address, self._drafters.num_running(address), tuple(linked))
+                for address, linked in sorted(links.items())
+            ),
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
+        """See interfaces.Primary."""
+        delivered: list[int] = []
+        failed: set[str] = set()
+        attempt = 0
+        deadline = asyncio.get_running_loop().time() + self._failover_timeout_s
+        reason = "no primary is known"
+        while True:
+            name = await self._pick_primary(failed, deadline, reason)
+            drafter = request.drafter_address or self._drafters.pick()
+            part = replace(_resumed(request, delivered, attempt), drafter_address=drafter)
+            num_delivered = len(delivered)
+            try:
+                with self._primaries.carrying(name), self._drafters.carrying(drafter):
+                    async with closing(self._steps(self._clients[name], part)) as steps:
+                        async for step in steps:
+                            delivered.extend(step.token_ids)
+                            yield step
+                return
+            except Overloaded:
+                failed.add(name)
+                if self._primaries.pick(exclude=failed) is None:
+                    raise
+            except Unavailable as error:
+                logger.warning("primary %s failed after %d tokens: %s", name, len(delivered), error)
+                failed.add(name)
+                reason = str(error)
+                if len(delivered) > num_delivered:  # it had been running: the clock starts anew
+                    deadline = asyncio.get_running_loop().time() + self._failover_timeout_s
+            attempt += 1
+
+    async def _steps(self, client: Primary, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
+        """One primary's steps. A sequence that it gives up, or a stream that just ends, is a failed primary."""
+        async with closing(client.generate(request)) as steps:
+            async for step in steps:
+                if step.finish_reason is FinishReason.ABORT:
+                    raise Unavailable("the primary gave the sequence up")
+                yield step
+                if step.finish_reason is not None:
+                    return
+        raise Unavailable("the primary's stream ended early")
+
+    async def _pick_primary(self, failed: set[str], deadline: float, reason: str) -> str:
+        """The next primary to try; once all have failed they are tried again, until the deadline."""
+        while (name := self._primaries.pick(exclude=failed)) is None:
+            if asyncio.get_running_loop().time() >= deadline:
+                raise Unavailable(f"no primary can serve: {reason}")
+            await asyncio.sleep(_RETRY_INTERVAL_S)
+            failed.clear()
+        return name
+
+
+def _resumed(request: GenerationRequest, delivered: list[int], attempt: int) -> GenerationRequest:
+    """What is left of a request: the tokens delivered so far become prompt."""
+    if attempt == 0:
+        return request
+    return replace(
+        request,
+        request_id=f"{request.request_id}.{attempt}",  # the failed primary may still know the old one
+        prompt_token_ids=(*request.prompt_token_ids, *delivered),
+        max_tokens=request.max_tokens - len(delivered),
+    )
+
+
+async def _status_or_none(client: Primary) -> PrimaryStatus | None:
+    try:
+        return await asyncio.wait_for(client.status(), _STATUS_TIMEOUT_S)
+    except (Unavailable, TimeoutError):
+        return None
