@@ -1,0 +1,140 @@
+"""`tandem-serve train primary|drafter`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tandem_serve.errors import ConfigError, TandemError
+
+if TYPE_CHECKING:
+    from tandem_serve.training.corpus import Document
+
+app = typer.Typer(help="Train a primary, or drafters for one.", no_args_is_help=True)
+
+Data = Annotated[
+    str, typer.Option(help="stdlib, a text file, a folder, or a Hugging Face dataset owner/name[:split[:column]].")
+]
+Out = Annotated[Path, typer.Option(help="The run's folder: state, log, provenance; models beneath it.")]
+Tokens = Annotated[str, typer.Option(help="Training budget in tokens, e.g. 500k or 5M.")]
+Threads = Annotated[int, typer.Option(min=0, help="torch threads; 0 leaves torch's choice.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Precision = Annotated[str, typer.Option(help="auto, bf16 (autocast) or fp32.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the state in --out, if there is one.")]
+Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile: needs a C++ compiler on a CPU.")]
+
+
+@app.callback()
+def train() -> None:
+    """Keeps `primary` and `drafter` as subcommands, however many there are."""
+
+
+@app.command()
+def primary(
+    out: Out,
+    data: Data = "stdlib",
+    tokens: Tokens = "5M",
+    vocab_size: int = 4096,
+    layers: int = 8,
+    hidden_size: int = 384,
+    intermediate_size: int = 1024,
+    heads: int = 6,
+    kv_heads: int = 2,
+    max_positions: int = 1024,
+    sequence_length: int = 512,
+    batch_size: int = 16,
+    learning_rate: float = 5e-3,
+    embedding_learning_rate: float = 3e-3,
+    muon: bool = True,
+    seed: int = 0,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    precision: Precision = "auto",
+    compile: Compile = False,  # noqa: A002 - the flag's name
+    resume: Resume = True,
+    checkpoint_interval_s: float = 45.0,
+    quiet: bool = False,
+) -> None:
+    """Train a Llama-style primary from scratch, its tokenizer included."""
+    from tandem_serve.models.decoder import DecoderConfig
+    from tandem_serve.training.corpus import corpus_hash
+    from tandem_serve.training.optimizer import OptimizerConfig
+    from tandem_serve.training.primary import BatchConfig, train_primary
+    from tandem_serve.training.tokenizer import END_OF_TEXT_ID
+    from tandem_serve.training.trainer import TrainerConfig
+
+    with _errors():
+        _set_threads(threads)
+        training, held_out = _split(data)
+        shape = DecoderConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=hidden_size // heads,
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=True,
+            eos_token_ids=(END_OF_TEXT_ID,),
+        )
+        batches = BatchConfig(sequence_length, batch_size, seed)
+        config = TrainerConfig(
+            num_steps=max(1, parse_tokens(tokens) // (sequence_length * batch_size)),
+            optimizer=OptimizerConfig(learning_rate, embedding_learning_rate, muon=muon),
+            precision=precision,
+            device=device,
+            checkpoint_interval_s=checkpoint_interval_s,
+            quiet=quiet,
+        )
+        details = {"data": data, "held_out": [d.name for d in held_out], "held_out_hash": corpus_hash(held_out)}
+        model = train_primary(out, training, shape, batches, config, resume=resume, compiled=compile, details=details)
+        typer.echo(f"primary written to {model}")
+
+
+def _split(data: str) -> tuple[list[Document], list[Document]]:
+    """(training, held out) of a source. The standard library's held-out modules are fixed, so that figures compare."""
+    from tandem_serve.training.corpus import STDLIB, STDLIB_HELD_OUT, read_documents, split_held_out
+
+    return split_held_out(read_documents(data), STDLIB_HELD_OUT if data == STDLIB else None)
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Shows what we raise on purpose as one line, without a traceback."""
+    try:
+        yield
+    except TandemError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def parse_tokens(text: str) -> int:
+    """`500k`, `5M`, `1200000` as a number.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    scale = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}.get(text[-1:].lower(), 1)
+    try:
+        count = float(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ConfigError(f"tokens {text!r}: expected a number such as 500k or 5M")
+    return int(count)
+
+
+if __name__ == "__main__":
+    app()

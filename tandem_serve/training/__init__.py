@@ -1,0 +1,1 @@
+"""Training of primaries and drafters. Needs the `train` extra only where a Hugging Face dataset is named."""
