@@ -34,7 +34,7 @@ def generate() -> dict[Path, str]:
             f"--pyi_out={folder}",
             f"--grpc_python_out={folder}",
             f"--plugin=protoc-gen-mypy_grpc={plugin}",
-            f"--mypy_grpc_out={folder}",
+            f"--mypy_grpc_out=quiet:{folder}",
             *protos,
         ]
         if protoc.main(arguments) != 0:

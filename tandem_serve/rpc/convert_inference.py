@@ -30,6 +30,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024  # of one stop string
 MAX_LOGPROBS = 100
 DEFAULTS = TextRequest(request_id="", model="", prompt="")
+DEFAULT_MAX_TOKENS = 16
 
 T = TypeVar("T")
 
@@ -54,9 +55,8 @@ def parse_generate_request(message: inference_pb2.GenerateRequest) -> TextReques
         request_id=f"gen-{secrets.token_hex(12)}",
         model=fields.text(message.model, "model", max_bytes=fields.MAX_NAME_BYTES, required=False),
         prompt=_parse_prompt(message),
-        max_tokens=fields.integer(
-            given("max_tokens", DEFAULTS.max_tokens), "max_tokens", low=1, high=fields.MAX_POSITION
-        ),
+        max_tokens=fields.integer(given("max_tokens", DEFAULT_MAX_TOKENS), "max_tokens", high=fields.MAX_POSITION)
+        or None,
         temperature=fields.real(temperature, "temperature", low=0, high=MAX_TEMPERATURE),
         top_p=fields.real(given("top_p", DEFAULTS.top_p), "top_p", low=0, high=1, without_low=True),
         top_k=fields.integer(message.top_k, "top_k", high=fields.MAX_POSITION),
@@ -87,7 +87,7 @@ def generate_request(request: TextRequest) -> inference_pb2.GenerateRequest:
         model=request.model,
         text=prompt if isinstance(prompt, str) else None,
         token_ids=None if isinstance(prompt, str) else inference_pb2.TokenIds(ids=prompt),
-        max_tokens=request.max_tokens,
+        max_tokens=request.max_tokens or 0,
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
@@ -109,6 +109,7 @@ def generate_response(delta: TextDelta) -> inference_pb2.GenerateResponse:
         token_ids=delta.token_ids,
         num_accepted_tokens=delta.num_accepted_tokens,
         num_draft_tokens=delta.num_draft_tokens,
+        num_accepted_chars=delta.num_accepted_chars,
         finish_reason=FINISH_REASONS[delta.finish_reason] if delta.finish_reason else None,
     )
     fill_logprobs(delta.logprobs, message.logprobs)
@@ -138,6 +139,7 @@ def parse_generate_response(message: inference_pb2.GenerateResponse) -> TextDelt
         token_ids=tuple(message.token_ids),
         num_accepted_tokens=message.num_accepted_tokens,
         num_draft_tokens=message.num_draft_tokens,
+        num_accepted_chars=message.num_accepted_chars,
         logprobs=parse_logprobs(message.logprobs),
         finish_reason=parse_finish_reason(message.finish_reason),
         usage=usage,
