@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from tandem_serve.errors import InvalidRequest
 from tandem_serve.serving.completion_text import CompletionText
-from tandem_serve.serving.streams import closing, merge
+from tandem_serve.serving.streams import merge
 from tandem_serve.serving.validation import check_text, check_text_request, check_vocabulary
 from tandem_serve.types import (
     GenerationRequest,
@@ -72,7 +73,7 @@ class TextCompletion:
             self._completion(index, generation, request.stop)
             for index, generation in enumerate(self._generations(request, prompt, info.max_model_len))
         ]
-        async with closing(merge(streams)) as deltas:
+        async with aclosing(merge(streams)) as deltas:
             async for _, delta in deltas:
                 yield delta
 
@@ -132,7 +133,7 @@ class TextCompletion:
         self, index: int, generation: GenerationRequest, stop: tuple[str, ...]
     ) -> AsyncGenerator[TextDelta, None]:
         text = CompletionText(index, generation.prompt_token_ids, self._tokenizer, stop)
-        async with closing(self._primary.generate(generation)) as steps:
+        async with aclosing(self._primary.generate(generation)) as steps:
             async for step in steps:
                 delta = text.add(step)
                 yield delta

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tandem_serve.interfaces import TextService
 from tandem_serve.serving.router import ClusterOverview
-from tandem_serve.serving.streams import closing
 from tandem_serve.types import ModelCard, TextDelta, TextRequest
 
 _LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -100,7 +100,7 @@ class MeteredTextService:
     async def complete(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         start = time.perf_counter()
         waiting = True
-        async with closing(self._service.complete(request)) as deltas:
+        async with aclosing(self._service.complete(request)) as deltas:
             async for delta in deltas:
                 if waiting and delta.token_ids:
                     self._metrics.observe_first_token(time.perf_counter() - start)

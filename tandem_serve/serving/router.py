@@ -10,12 +10,11 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from tandem_serve.errors import Overloaded, Unavailable
 from tandem_serve.interfaces import Primary
-from tandem_serve.serving.streams import closing
 from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
 _RETRY_INTERVAL_S = 0.2  # between rounds over all primaries, while none can serve
@@ -165,7 +164,7 @@ class PairingRouter:
             num_delivered = len(delivered)
             try:
                 with self._primaries.carrying(name), self._drafters.carrying(drafter):
-                    async with closing(self._steps(self._clients[name], part)) as steps:
+                    async with aclosing(self._steps(self._clients[name], part)) as steps:
                         async for step in steps:
                             delivered.extend(step.token_ids)
                             yield step
@@ -184,7 +183,7 @@ class PairingRouter:
 
     async def _steps(self, client: Primary, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """One primary's steps. A sequence that it gives up, or a stream that just ends, is a failed primary."""
-        async with closing(client.generate(request)) as steps:
+        async with aclosing(client.generate(request)) as steps:
             async for step in steps:
                 if step.finish_reason is FinishReason.ABORT:
                     raise Unavailable("the primary gave the sequence up")

@@ -1,45 +1,31 @@
-"""Asynchronous streams that end as a whole: what is closed here is closed at its source."""
+"""Several asynchronous streams as one. What is closed here is closed at its source."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-@asynccontextmanager
-async def closing(stream: AsyncIterator[T]) -> AsyncGenerator[AsyncIterator[T], None]:
-    """Closes a stream on the way out, whatever the way, where it can be closed at all.
-
-    A generator that is merely dropped is closed when the garbage collector comes by; until then its sequence goes on.
-    """
-    try:
-        yield stream
-    finally:
-        close = getattr(stream, "aclose", None)
-        if close is not None:
-            await close()
-
-
-async def merge(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T], None]:
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """Items of several streams as they come, each with its stream's index.
 
     The first error ends all of them and is raised here. Closing this closes them all. Runs ahead of its reader without
     limit: meant for streams that are bounded themselves.
     """
     if len(streams) == 1:  # the usual case needs no task and no queue
-        async with closing(streams[0]) as only:
+        async with aclosing(streams[0]) as only:
             async for item in only:
                 yield 0, item
         return
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
 
-    async def pump(index: int, stream: AsyncIterator[T]) -> None:
+    async def pump(index: int, stream: AsyncGenerator[T, None]) -> None:
         try:
-            async with closing(stream):
+            async with aclosing(stream):
                 async for item in stream:
                     queue.put_nowait((index, item))
         except Exception as error:

@@ -1,0 +1,176 @@
+"""Pairing and failover, over scripted primaries."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import pytest
+
+from tandem_serve.errors import InvalidRequest, Overloaded, Unavailable
+from tandem_serve.serving.router import PairingRouter, Pool
+from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, SamplingParams
+from tests.unit.scripted_primary import ScriptedPrimary
+
+PROMPT = (7, 8, 9)
+
+
+def request(max_tokens: int = 8) -> GenerationRequest:
+    return GenerationRequest("r", PROMPT, SamplingParams(seed=3), max_tokens)
+
+
+async def tokens_of(router: PairingRouter, max_tokens: int = 8) -> tuple[list[int], GenerationStep]:
+    steps = [step async for step in router.generate(request(max_tokens))]
+    return [token_id for step in steps for token_id in step.token_ids], steps[-1]
+
+
+def router_of(*primaries: ScriptedPrimary, drafters: tuple[str, ...] = (), timeout_s: float = 5.0) -> PairingRouter:
+    router = PairingRouter(failover_timeout_s=timeout_s)
+    router.set_primaries({f"p{index}": primary for index, primary in enumerate(primaries)})
+    router.set_drafters(drafters)
+    return router
+
+
+def test_a_pool_picks_the_least_loaded_and_then_takes_turns() -> None:
+    pool = Pool()
+    assert pool.pick() is None
+    pool.set_members(["a", "b", "c"])
+    with pool.carrying("a"), pool.carrying("a"), pool.carrying("b"):
+        assert pool.pick() == "c"
+        assert pool.pick(exclude={"c"}) == "b"
+    assert pool.pick() == "c"  # all idle: the one that has had no turn
+    with pool.carrying("c"):
+        pass
+    assert pool.pick() == "b"
+
+
+def test_a_newcomer_is_not_flooded_to_make_up_for_its_absence() -> None:
+    pool = Pool()
+    pool.set_members(["a"])
+    for _ in range(5):
+        with pool.carrying("a"):
+            pass
+    pool.set_members(["a", "b"])
+    picks = []
+    for _ in range(4):
+        picks.append(pool.pick())
+        with pool.carrying(picks[-1]):
+            pass
+    assert sorted(picks) == ["a", "a", "b", "b"]
+
+
+def test_who_has_left_gets_nothing_new_but_its_sequences_still_count_when_it_comes_back() -> None:
+    pool = Pool()
+    pool.set_members(["a", "b"])
+    with pool.carrying("a"):
+        pool.set_members(["b"])
+        assert pool.pick(exclude={"b"}) is None
+        pool.set_members(["a", "b"])
+        assert pool.num_running("a") == 1
+        assert pool.pick() == "b"
+    assert pool.num_running("a") == 0
+
+
+async def test_sequences_spread_over_both_pools() -> None:
+    gate = asyncio.Event()
+    primaries = [ScriptedPrimary(range(8), gate=gate) for _ in range(2)]
+    router = router_of(*primaries, drafters=("d0:1", "d1:1", "d2:1"))
+    streams = [router.generate(request()) for _ in range(6)]
+    for stream in streams:
+        await anext(stream)
+    assert [primary.num_running for primary in primaries] == [3, 3]
+    overview = await router.overview()
+    assert {d.address: d.num_sequences for d in overview.drafters if d.address != "drafter:1"} == {
+        "d0:1": 2,
+        "d1:1": 2,
+        "d2:1": 2,
+    }
+    gate.set()
+    for stream in streams:
+        assert [step async for step in stream][-1].finish_reason is FinishReason.LENGTH
+    assert all(p.num_sequences == 0 for p in (await router.overview()).primaries)
+
+
+async def test_without_drafters_the_primary_is_left_to_choose() -> None:
+    primary = ScriptedPrimary(range(8))
+    await tokens_of(router_of(primary))
+    assert primary.requests[0].drafter_address is None
+
+
+@pytest.mark.parametrize("error_after", [0, 3, 6])
+async def test_another_primary_goes_on_where_one_failed(error_after: int) -> None:
+    said = list(range(20, 28))
+    failing = ScriptedPrimary(said, error=Unavailable("gone"), error_after=error_after, prompt_length=3)
+    healthy = ScriptedPrimary(said, prompt_length=3)
+    token_ids, last = await tokens_of(router_of(failing, healthy))
+    assert token_ids == said
+    assert last.finish_reason is FinishReason.LENGTH
+    resumed = healthy.requests[0]
+    assert resumed.prompt_token_ids == (*PROMPT, *said[:error_after])
+    assert resumed.max_tokens == 8 - error_after
+    assert resumed.sampling == request().sampling
+    assert resumed.request_id != "r"
+
+
+async def test_a_sequence_that_a_primary_gives_up_is_taken_over() -> None:
+    class Aborting(ScriptedPrimary):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
+            yield GenerationStep(request.request_id, (20, 21))
+            yield GenerationStep(request.request_id, (), finish_reason=FinishReason.ABORT)
+
+    healthy = ScriptedPrimary(range(20, 28), prompt_length=3)
+    token_ids, last = await tokens_of(router_of(Aborting(), healthy))
+    assert token_ids == list(range(20, 28))
+    assert last.finish_reason is FinishReason.LENGTH
+
+
+async def test_a_sequence_waits_for_a_primary_to_come_back() -> None:
+    failing = ScriptedPrimary(range(20, 28), error=Unavailable("gone"), error_after=3, prompt_length=3)
+    router = router_of(failing)
+    stream = router.generate(request())
+    first = await anext(stream)
+    router.set_primaries({})
+    rest = asyncio.ensure_future(anext(stream))
+    await asyncio.wait([rest], timeout=0.01)
+    router.set_primaries({"p9": ScriptedPrimary(range(20, 28), prompt_length=3)})
+    token_ids = [*first.token_ids, *(await rest).token_ids]
+    async for step in stream:
+        token_ids.extend(step.token_ids)
+    assert token_ids == list(range(20, 28))
+
+
+async def test_where_no_primary_comes_the_request_fails_in_time() -> None:
+    failing = ScriptedPrimary(range(8), error=Unavailable("out of order"))
+    with pytest.raises(Unavailable, match="out of order"):
+        await tokens_of(router_of(failing, timeout_s=0.3))
+    with pytest.raises(Unavailable, match="no primary is known"):
+        await tokens_of(router_of(timeout_s=0.0))
+
+
+async def test_a_full_primary_s_request_goes_to_another_one() -> None:
+    full = ScriptedPrimary(range(8), error=Overloaded("queue full", retry_after_s=7))
+    token_ids, _ = await tokens_of(router_of(full, ScriptedPrimary(range(8))))
+    assert token_ids == list(range(8))
+    with pytest.raises(Overloaded) as raised:
+        await tokens_of(router_of(full, full))
+    assert raised.value.retry_after_s == 7
+
+
+async def test_the_caller_s_own_errors_are_not_retried() -> None:
+    wrong = ScriptedPrimary(error=InvalidRequest("no", field="seed"))
+    other = ScriptedPrimary(range(8))
+    with pytest.raises(InvalidRequest):
+        await tokens_of(router_of(wrong, other))
+    assert not other.requests
+
+
+async def test_closing_a_stream_closes_it_at_the_primary() -> None:
+    primary = ScriptedPrimary(range(8), gate=asyncio.Event())
+    router = router_of(primary, drafters=("d0:1",))
+    async with aclosing(router.generate(request())) as stream:
+        await anext(stream)
+    assert primary.num_closed_early == 1
+    overview = await router.overview()
+    assert [p.num_sequences for p in overview.primaries] == [0]
+    assert all(d.num_sequences == 0 for d in overview.drafters)
