@@ -1,0 +1,89 @@
+"""One request inside a primary engine: its tokens, its memory, and how its drafting stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tandem_serve.engine.drafter_links import Drafter
+from tandem_serve.engine.kv_cache import KvBuffer
+from tandem_serve.engine.representation_log import RepresentationLog
+from tandem_serve.errors import TandemError
+from tandem_serve.metrics import WithoutDraft
+from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep
+
+# Receives a request's steps and, where it fails, one error as the last thing. On the engine's thread: must not block.
+Sink = Callable[[GenerationStep | TandemError], None]
+
+
+@dataclass(slots=True)
+class Attachment:
+    """One life of a sequence at one drafter. A block answers it only if incarnation and round are these."""
+
+    drafter: Drafter
+    epoch: int  # of the link when it was opened; under another one the drafter knows nothing of it
+    incarnation: int
+    round: int = 0
+    num_asked: int = 0  # drafts asked for in this round; 0: no round is under way
+    asked_at_s: float = 0.0
+    deadline_s: float = 0.0
+    is_open: bool = False  # OpenSequence has been sent
+    drafts: tuple[int, ...] | None = None  # the answer, once it is there
+
+
+@dataclass(slots=True)
+class Speculation:
+    """A sequence's drafting, over all its drafters."""
+
+    log: RepresentationLog
+    attachment: Attachment | None = None
+    cooldown_rounds: int = 0  # rounds to go before a drafter is asked again
+    next_cooldown: int = 0  # how long the next cool-down will be
+    num_rejections: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request from submission to its last token.
+
+    token_ids are the prompt and everything chosen. num_computed positions have verified keys and values in `kv`; while
+    decoding that is all but the last token, which opens the next round.
+    """
+
+    request: GenerationRequest
+    sink: Sink
+    arrived_at_s: float
+    token_ids: list[int]
+    num_computed: int = 0
+    kv: KvBuffer | None = None  # from admission to the end
+    reserved_tokens: int = 0
+    speculation: Speculation | None = None  # None: decodes plainly, and always will
+    why_alone: WithoutDraft = WithoutDraft.NOT_REQUESTED  # why its next round has no drafts, unless it has
+    stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+
+    @classmethod
+    def of(cls, request: GenerationRequest, sink: Sink, now_s: float) -> Sequence:
+        stops = frozenset(request.stop_token_ids)
+        return cls(request, sink, now_s, list(request.prompt_token_ids), stop_token_ids=stops)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that it may still emit."""
+        return self.request.max_tokens + self.num_prompt_tokens - len(self.token_ids)
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_computed < self.num_prompt_tokens
+
+    def extend(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Adds chosen tokens up to the first that ends the sequence. Returns what was added, and why it ended."""
+        for index, token_id in enumerate(token_ids):
+            if token_id in self.stop_token_ids:
+                self.token_ids += token_ids[: index + 1]
+                return token_ids[: index + 1], FinishReason.STOP
+        self.token_ids += token_ids
+        return token_ids, FinishReason.LENGTH if self.num_remaining <= 0 else None

@@ -1,0 +1,306 @@
+"""The embedded primary engine: continuous batching with speculative verification, as a plain synchronous loop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from tandem_serve.config import PrimaryEngineConfig
+from tandem_serve.decoding.block_policy import BlockPolicy, FixedBlockLength
+from tandem_serve.engine.choosing import Block, TokenChooser, Verified, token_logprobs
+from tandem_serve.engine.drafter_links import DrafterLinks
+from tandem_serve.engine.drafting import DraftCoordinator
+from tandem_serve.engine.forward import Rows, forward
+from tandem_serve.engine.kv_cache import KvBudget, KvBuffer
+from tandem_serve.engine.scheduler import Run, Scheduler
+from tandem_serve.engine.sequence import Sequence, Sink
+from tandem_serve.engine.validation import MAX_BLOCK_LENGTH, check_request
+from tandem_serve.errors import InvalidRequest, Overloaded, Unavailable
+from tandem_serve.interfaces import LinkFactory
+from tandem_serve.metrics import PrimaryMetrics
+from tandem_serve.models.decoder import Decoder
+from tandem_serve.types import (
+    FinishReason,
+    GenerationRequest,
+    GenerationStep,
+    PrimaryInfo,
+    PrimaryStatus,
+    TokenLogprob,
+)
+
+_log = logging.getLogger(__name__)
+
+TIE_MARGIN = 1e-3  # raw logits; some hundred times what float32 sums differ by between batch shapes
+
+
+class TorchPrimary:
+    """Owns ML, its KV cache and the truth about every token.
+
+    `submit`, `abort`, `set_drafters`, `status` and `wake` are safe from any thread; everything else happens in `step`,
+    always on one thread. One step: take in what has arrived, admit, run one ragged forward pass over everything that is
+    ready, choose and emit tokens, tell the drafters. A step never waits; `wait` does, between steps.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        info: PrimaryInfo,
+        config: PrimaryEngineConfig,
+        *,
+        link_factory: LinkFactory | None = None,
+        policy: BlockPolicy | None = None,
+        metrics: PrimaryMetrics | None = None,
+        tie_margin: float | None = None,  # None: TIE_MARGIN in float32; 0 elsewhere, where nothing is exact anyway
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self.metrics = metrics or PrimaryMetrics()
+        self._decoder = decoder
+        self._config = config
+        self._clock = clock
+        self._budget = KvBudget(config.kv_cache_tokens, config.kv_block_size)
+        self._scheduler = Scheduler(config, self._budget)
+        default = TIE_MARGIN if decoder.dtype is torch.float32 else 0.0
+        self._chooser = TokenChooser(decoder, default if tie_margin is None else tie_margin)
+        self._wake = threading.Event()
+        self._links = DrafterLinks(link_factory, info, self.wake)
+        policy = policy or FixedBlockLength(config.block_length, MAX_BLOCK_LENGTH)
+        self._drafting = DraftCoordinator(config, info, self._links, policy, self.metrics)
+        self._sequences: dict[str, Sequence] = {}  # waiting and running
+        self._lock = threading.Lock()  # guards the two below
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._request_ids: set[str] = set()
+
+    # -------------------------------------------------------------- any thread
+
+    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+        """Queues a request; `sink` gets its steps, on the engine's thread.
+
+        Raises:
+            InvalidRequest: it can never be served; `field` says why.
+            Overloaded: max_num_seqs + max_num_waiting requests are unfinished.
+        """
+        check_request(
+            request,
+            vocab_size=self.info.vocab_size,
+            max_model_len=self.info.max_model_len,
+            kv_cache_tokens=self._budget.capacity_tokens,
+        )
+        sequence = Sequence.of(request, sink, self._clock())
+        with self._lock:
+            if request.request_id in self._request_ids:
+                raise InvalidRequest(f"request_id {request.request_id!r} is already running", field="request_id")
+            if len(self._request_ids) >= self._config.max_num_seqs + self._config.max_num_waiting:
+                raise Overloaded(f"{len(self._request_ids)} requests are running or waiting on this primary")
+            self._request_ids.add(request.request_id)
+            self._inbox.append(lambda: self._enqueue(sequence))
+        self._wake.set()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its sink gets a last step with ABORT. Unknown and finished ones are ignored."""
+        self._post(lambda: self._abort(request_id))
+
+    def set_drafters(self, addresses: Iterable[str]) -> None:
+        """The drafters that new sequences may use. Sequences at others stay there while those last."""
+        wanted = tuple(addresses)
+        self._post(lambda: self._links.set_addresses(wanted))
+
+    def status(self) -> PrimaryStatus:
+        num_unfinished, num_running = len(self._request_ids), len(self._scheduler.running)
+        return PrimaryStatus(
+            num_requests_running=num_running,
+            num_requests_waiting=max(num_unfinished - num_running, 0),
+            kv_cache_usage=self._budget.usage,
+            drafters=self._links.states(),
+        )
+
+    def wake(self) -> None:
+        """Ends a `wait`. Links call it when something has arrived."""
+        self._wake.set()
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._lock:
+            self._inbox.append(action)
+        self._wake.set()
+
+    # -------------------------------------------------------------- the engine's thread
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._request_ids)
+
+    def run_until_idle(self) -> None:
+        """Steps on the caller's thread until every request has finished."""
+        while self.has_work:
+            if not self.step():
+                self.wait()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Blocks until something arrives or the earliest draft deadline passes. Call when a step did nothing."""
+        deadline = self._drafting.earliest_deadline_s(self._scheduler.running)
+        if deadline is not None:
+            left = max(deadline - self._clock(), 0.0)
+            timeout_s = left if timeout_s is None else min(left, timeout_s)
+        self._wake.wait(timeout_s)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """One step as the class describes it. False where there was nothing to do: then `wait`."""
+        self._wake.clear()  # before anything is read, so that what arrives from here on is not missed
+        while self._inbox:
+            self._inbox.popleft()()
+        now = self._clock()
+        self._drafting.receive(self._sequences, now)
+        for sequence in self._scheduler.admit():
+            self._begin(sequence)
+        runs = self._scheduler.select(lambda s: self._drafting.is_ready(s, now), self._drafting.take_drafts)
+        if runs:
+            try:
+                self._run(runs)
+            except Exception:
+                _log.exception("a step failed; its %d requests fail with it", len(runs))
+                self.metrics.failed_steps.inc()
+                for run in runs:
+                    self._fail(run.sequence)
+            self.metrics.step_time.observe(self._clock() - now)
+        has_sent = self._drafting.send(self._scheduler.running, self._clock())
+        self._set_gauges()
+        return bool(runs) or has_sent
+
+    def close(self) -> None:
+        """Aborts what is left and closes the links. No step may follow."""
+        for request_id in list(self._sequences):
+            self._abort(request_id)
+        self._drafting.send((), self._clock())
+        self._links.close()
+
+    # -------------------------------------------------------------- requests
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._sequences[sequence.request.request_id] = sequence
+        self._scheduler.waiting.append(sequence)
+
+    def _begin(self, sequence: Sequence) -> None:
+        decoder = self._decoder
+        try:
+            sequence.kv = KvBuffer(decoder.config, sequence.reserved_tokens, decoder.dtype, decoder.device)
+        except RuntimeError:  # the budget was set higher than the memory there is
+            _log.exception("no memory for %d tokens of KV cache", sequence.reserved_tokens)
+            self._fail(sequence)
+        else:
+            self._drafting.begin(sequence)
+
+    def _abort(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end(sequence, FinishReason.ABORT)
+            self._emit(sequence, GenerationStep(request_id, (), finish_reason=FinishReason.ABORT))
+
+    def _fail(self, sequence: Sequence) -> None:
+        """Ends a request that an error has hit; the text can be continued elsewhere with the same seed."""
+        if sequence.request.request_id in self._sequences:
+            self._end(sequence, FinishReason.ABORT)
+            try:
+                sequence.sink(Unavailable("the primary's engine failed in a step; see its log"))
+            except Exception:
+                _log.exception("the sink of %s failed", sequence.request.request_id)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._drafting.end(sequence)
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request.request_id]
+        with self._lock:
+            self._request_ids.discard(sequence.request.request_id)
+        self.metrics.finished.labels(reason.value).inc()
+
+    def _emit(self, sequence: Sequence, step: GenerationStep) -> None:
+        """A sink that raises has lost its reader: the request ends."""
+        try:
+            sequence.sink(step)
+        except Exception:
+            _log.exception("the sink of %s failed; aborting it", sequence.request.request_id)
+            if sequence.request.request_id in self._sequences:
+                self._end(sequence, FinishReason.ABORT)
+
+    def _set_gauges(self) -> None:
+        self.metrics.running.set(len(self._scheduler.running))
+        self.metrics.waiting.set(len(self._scheduler.waiting))
+        self.metrics.kv_cache_usage.set(self._budget.usage)
+
+    # -------------------------------------------------------------- one forward pass
+
+    def _run(self, runs: list[Run]) -> None:
+        """Computes the runs in one batch and carries each sequence forward."""
+        logs = (run.sequence.speculation for run in runs)
+        taps = tuple(sorted({tap for spec in logs if spec is not None for tap in spec.log.taps}))
+        rows = [Rows(_kv(run.sequence), run.sequence.num_computed, run.token_ids, run.num_logits) for run in runs]
+        output = forward(self._decoder, rows, taps)
+        outcomes = self._verify(runs, output.logits)
+        logits = output.logits.split([run.num_logits for run in runs])
+        if output.taps is None:
+            states: Iterable[Tensor | None] = [None] * len(runs)
+        else:
+            states = output.taps.split([len(run.token_ids) for run in runs])
+        for run, run_states, outcome, run_logits in zip(runs, states, outcomes, logits, strict=True):
+            num_verified = len(run.token_ids) - len(run.draft_token_ids) + outcome.num_accepted_tokens
+            run.sequence.num_computed += num_verified
+            self._drafting.record(run.sequence, taps, run_states, num_verified)
+            if run.num_logits:
+                self._advance(run, outcome, run_logits)
+            if run.sequence.num_computed <= run.sequence.num_prompt_tokens:
+                self.metrics.prompt_tokens.inc(num_verified)
+
+    def _verify(self, runs: list[Run], logits: Tensor) -> list[Verified]:
+        """What each run yields; nothing for a prompt chunk that is not the last."""
+        blocks, row = [], 0
+        for run in runs:
+            if run.num_logits:
+                sequence = run.sequence
+                blocks.append(Block(sequence.token_ids, run.draft_token_ids, sequence.request.sampling, row))
+                row += run.num_logits
+        before = self._chooser.num_near_ties
+        verified = iter(self._chooser.verify(blocks, logits) if blocks else ())
+        self.metrics.near_ties.inc(self._chooser.num_near_ties - before)
+        return [next(verified) if run.num_logits else Verified(0, []) for run in runs]
+
+    def _advance(self, run: Run, outcome: Verified, logits: Tensor) -> None:
+        """Emits a sequence's new tokens, and ends it where they do. logits [G + 1, V] are those that chose them."""
+        sequence, request = run.sequence, run.sequence.request
+        is_first = len(sequence.token_ids) == sequence.num_prompt_tokens
+        token_ids, finish_reason = sequence.extend(outcome.token_ids)
+        num_accepted = min(outcome.num_accepted_tokens, len(token_ids))
+        if request.num_logprobs is None:
+            logprobs: tuple[TokenLogprob, ...] = ()
+        else:
+            logprobs = token_logprobs(logits[: len(token_ids)], token_ids, request.num_logprobs)
+        if is_first:
+            self.metrics.time_to_first_token.observe(self._clock() - sequence.arrived_at_s)
+        if run.draft_token_ids:
+            self.metrics.count_block(len(run.draft_token_ids), num_accepted)
+        self.metrics.generation_tokens.inc(len(token_ids))
+        if finish_reason is not None:
+            self._end(sequence, finish_reason)
+        self._emit(
+            sequence,
+            GenerationStep(
+                request_id=request.request_id,
+                token_ids=tuple(token_ids),
+                num_accepted_tokens=num_accepted,
+                num_draft_tokens=len(run.draft_token_ids),
+                logprobs=logprobs,
+                finish_reason=finish_reason,
+            ),
+        )
+
+
+def _kv(sequence: Sequence) -> KvBuffer:
+    if sequence.kv is None:
+        raise RuntimeError(f"{sequence.request.request_id} runs without memory")
+    return sequence.kv

@@ -1,0 +1,53 @@
+"""What a request must satisfy before an engine takes it in. Each complaint names the field."""
+
+from __future__ import annotations
+
+import math
+
+from tandem_serve.errors import InvalidRequest
+from tandem_serve.types import GenerationRequest, SamplingParams
+
+MAX_REQUEST_ID_BYTES = 128  # sequence ids on the wire (drafting.proto)
+MAX_BLOCK_LENGTH = 64
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Raises InvalidRequest where a parameter is outside its range (SamplingParams), not a number, or infinite."""
+    checks = (
+        ("temperature", sampling.temperature, "0 to 100", 0 <= sampling.temperature <= 100),
+        ("top_p", sampling.top_p, "above 0, at most 1", 0 < sampling.top_p <= 1),
+        ("top_k", sampling.top_k, "0 (all) or more", 0 <= sampling.top_k < 1 << 32),
+        ("min_p", sampling.min_p, "at least 0, below 1", 0 <= sampling.min_p < 1),
+        ("seed", sampling.seed, "a signed 64-bit integer", -(1 << 63) <= sampling.seed < 1 << 63),
+    )
+    for field, value, expected, is_right in checks:
+        if not is_right or not math.isfinite(value):
+            raise InvalidRequest(f"{field} = {value!r}: expected {expected}", field=field)
+
+
+def check_request(request: GenerationRequest, *, vocab_size: int, max_model_len: int, kv_cache_tokens: int) -> None:
+    """Raises InvalidRequest where a request can never be served."""
+    prompt = request.prompt_token_ids
+    if not 0 < len(request.request_id.encode()) <= MAX_REQUEST_ID_BYTES:
+        raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID_BYTES} bytes", field="request_id")
+    if not prompt:
+        raise InvalidRequest("the prompt must have at least one token", field="prompt_token_ids")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise InvalidRequest(f"the prompt has ids outside 0..{vocab_size - 1}", field="prompt_token_ids")
+    if request.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens = {request.max_tokens}: expected 1 or more", field="max_tokens")
+    limit = min(max_model_len, kv_cache_tokens)
+    if len(prompt) + request.max_tokens > limit:
+        field = "max_tokens" if len(prompt) < limit else "prompt_token_ids"
+        what = "the model's length" if limit == max_model_len else "this replica's whole KV cache"
+        raise InvalidRequest(
+            f"{len(prompt)} prompt tokens and max_tokens = {request.max_tokens} exceed {what} of {limit} tokens",
+            field=field,
+        )
+    if request.block_length is not None and not 0 <= request.block_length <= MAX_BLOCK_LENGTH:
+        raise InvalidRequest(
+            f"block_length = {request.block_length}: expected 0 to {MAX_BLOCK_LENGTH}", field="block_length"
+        )
+    if request.num_logprobs is not None and not 0 <= request.num_logprobs <= vocab_size:
+        raise InvalidRequest(f"num_logprobs = {request.num_logprobs}: expected 0 to {vocab_size}", field="num_logprobs")
+    check_sampling(request.sampling)
