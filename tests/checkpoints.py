@@ -54,7 +54,7 @@ def make_drafter(
 
     Its MS is the primary with relative `noise` on its weights, and by default MS layer j reads the tap that is layer
     j's own input through an identity FF_Tandem: with noise 0 it computes the very logits of the primary, and every
-    draft is accepted. With a `layer_map` of its own ("last", "uniform", "1,3" or numbers) it is a poor but valid drafter.
+    draft is accepted. With another `layer_map` ("last", "uniform", "1,2,3" or numbers) it is a poor but valid drafter.
     """
     ms = _noisy_copy(primary, noise, seed)
     layers, hidden = ms.config.num_layers, ms.config.hidden_size

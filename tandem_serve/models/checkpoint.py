@@ -19,25 +19,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from tandem_serve.errors import CheckpointError
 from tandem_serve.models.config import DecoderConfig, token_id_list
-from tandem_serve.models.decoder import Decoder, LayerWeights
+from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemConfig, TandemDrafter
+from tandem_serve.models.weights import WEIGHTS_FILE, Shards, check_shapes, hf_tensors, read_json
 from tandem_serve.types import DrafterInfo, PrimaryInfo
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_FLOAT_TYPES = {"F32", "F16", "BF16"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_PAGE_BYTES, _PAGES = 4096, 16  # of each tensor, for the fingerprint
 
 
 # ------------------------------------------------------------------ public: load
@@ -54,9 +50,9 @@ def load_decoder(
         CheckpointError: naming the file and what is missing, damaged or unsupported.
     """
     folder = resolve_folder(path_or_hub_id)
-    config = DecoderConfig.from_hf(_read_json(folder / "config.json"))
-    shards = _Shards(folder)
-    _check_shapes(shards, Decoder(config, device="meta"), None)
+    config = DecoderConfig.from_hf(read_json(folder / "config.json"))
+    shards = Shards(folder)
+    check_shapes(shards, Decoder(config, device="meta"), None)
     decoder = Decoder(config, dtype=dtype, device=device)
     shards.copy_into(hf_tensors(decoder))
     return _frozen(decoder)
@@ -67,7 +63,7 @@ def load_drafter(
 ) -> TandemDrafter | Decoder:
     """A tandem drafter, or a plain one where config.json has no `tandem` block. Otherwise as `load_decoder`."""
     folder = resolve_folder(path_or_hub_id)
-    hf = _read_json(folder / "config.json")
+    hf = read_json(folder / "config.json")
     tandem = _tandem_config(hf)
     if tandem is None:
         return load_decoder(folder, dtype=dtype, device=device)
@@ -76,8 +72,8 @@ def load_drafter(
         raise CheckpointError(
             f"{folder}/config.json: tandem.layer_map has {len(tandem.layer_map)} entries for {config.num_layers} layers"
         )
-    shards = _Shards(folder)
-    _check_shapes(shards, Decoder(config, device="meta"), tandem)
+    shards = Shards(folder)
+    check_shapes(shards, Decoder(config, device="meta"), tandem)
     drafter = TandemDrafter(Decoder(config, dtype=dtype, device=device), tandem)
     shards.copy_into(hf_tensors(drafter))
     return _frozen(drafter)
@@ -128,8 +124,8 @@ def write_model(model: TandemDrafter | Decoder, folder: Path, *, tokenizer_from:
             "primary_fingerprint": t.primary_fingerprint,
         }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in hf_tensors(model).items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    tensors = {n: t.cpu().clone(memory_format=torch.contiguous_format) for n, t in hf_tensors(model).items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if tokenizer_from is not None:
         source = resolve_folder(tokenizer_from)
         for name in _TOKENIZER_FILES:
@@ -175,11 +171,11 @@ def fingerprint(path_or_hub_id: str | Path) -> str:
     the bytes between the pages.
     """
     folder = resolve_folder(path_or_hub_id)
-    hf = _read_json(folder / "config.json")
+    hf = read_json(folder / "config.json")
     digest = hashlib.sha256()
     shape = {"config": DecoderConfig.from_hf(hf).to_hf(), "tandem": hf.get("tandem")}
     digest.update(json.dumps(shape, sort_keys=True).encode())
-    for header, pages in _Shards(folder).sampled_pages():
+    for header, pages in Shards(folder).sampled_pages():
         digest.update(json.dumps(header).encode())
         for page in pages:
             digest.update(page)
@@ -188,7 +184,7 @@ def fingerprint(path_or_hub_id: str | Path) -> str:
 
 def tokenizer_hash(path_or_hub_id: str | Path) -> str:
     """Names what a tokenizer does: 16 hex digits of tokenizer.json's canonical content."""
-    content = _read_json(resolve_folder(path_or_hub_id) / "tokenizer.json")
+    content = read_json(resolve_folder(path_or_hub_id) / "tokenizer.json")
     content.pop("padding", None)  # how a batch was last padded or cut, not what the ids mean
     content.pop("truncation", None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -199,9 +195,9 @@ def primary_info(
 ) -> PrimaryInfo:
     """What a primary with this checkpoint tells its peers. `model` is the name to show; default: the folder's."""
     folder = resolve_folder(path_or_hub_id)
-    config = DecoderConfig.from_hf(_read_json(folder / "config.json"))
+    config = DecoderConfig.from_hf(read_json(folder / "config.json"))
     return PrimaryInfo(
-        model=model or folder.name,
+        model=model or _name(path_or_hub_id),
         fingerprint=fingerprint(folder),
         tokenizer_hash=tokenizer_hash(folder),
         vocab_size=config.vocab_size,
@@ -220,10 +216,10 @@ def drafter_info(
 ) -> DrafterInfo:
     """What a drafter with this checkpoint, tandem or plain, tells its peers."""
     folder = resolve_folder(path_or_hub_id)
-    hf = _read_json(folder / "config.json")
+    hf = read_json(folder / "config.json")
     config, tandem = DecoderConfig.from_hf(hf), _tandem_config(hf)
     return DrafterInfo(
-        model=model or folder.name,
+        model=model or _name(path_or_hub_id),
         fingerprint=fingerprint(folder),
         primary_fingerprint=tandem.primary_fingerprint if tandem else "",
         tokenizer_hash=tokenizer_hash(folder),
@@ -240,7 +236,7 @@ def eos_token_ids(path_or_hub_id: str | Path) -> tuple[int, ...]:
     folder = resolve_folder(path_or_hub_id)
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            ids = token_id_list(_read_json(folder / name).get("eos_token_id"))
+            ids = token_id_list(read_json(folder / name).get("eos_token_id"))
             if ids:
                 return ids
     return ()
@@ -269,117 +265,6 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
         raise CheckpointError(f"{name}: no such folder, and not to be had from the hub: {error}") from error
 
 
-# ------------------------------------------------------------------ tensors by their Hugging Face names
-
-
-def hf_tensors(model: TandemDrafter | Decoder) -> dict[str, Tensor]:
-    """Every weight under its Hugging Face name, as views into the model's fused parameters: to save from and load into."""
-    if isinstance(model, TandemDrafter):
-        projections = {f"tandem.ff.{j}.weight": model.ff.data[j].t() for j in range(model.ff.shape[0])}
-        return {**hf_tensors(model.decoder), **projections}
-    tensors = {"model.embed_tokens.weight": model.embedding.data, "model.norm.weight": model.norm.data}
-    if model.head is not None:
-        tensors["lm_head.weight"] = model.head.data.t()
-    for i, w in enumerate(model.layer_weights):
-        tensors.update({f"model.layers.{i}.{name}": t.data for name, t in _layer_tensors(model.config, w).items()})
-    return tensors
-
-
-def _layer_tensors(c: DecoderConfig, w: LayerWeights) -> dict[str, Tensor]:
-    parts = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
-    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gate, up = w.gate_up.detach().t().chunk(2)
-    tensors = {
-        "input_layernorm.weight": w.attention_norm,
-        "post_attention_layernorm.weight": w.mlp_norm,
-        "self_attn.o_proj.weight": w.output.detach().t(),
-        "mlp.gate_proj.weight": gate,
-        "mlp.up_proj.weight": up,
-        "mlp.down_proj.weight": w.down.detach().t(),
-        **{f"{name}.weight": part for name, part in zip(names, w.qkv.detach().t().split(parts), strict=True)},
-    }
-    if w.qkv_bias is not None:
-        tensors |= {f"{name}.bias": part for name, part in zip(names, w.qkv_bias.detach().split(parts), strict=True)}
-    if w.output_bias is not None:
-        tensors["self_attn.o_proj.bias"] = w.output_bias
-    if w.q_norm is not None and w.k_norm is not None:
-        tensors |= {"self_attn.q_norm.weight": w.q_norm, "self_attn.k_norm.weight": w.k_norm}
-    return tensors
-
-
-class _Shards:
-    """The safetensors files of a folder: which tensor lies where, checked before anything is allocated."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file_of: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, str] = {}
-        for file in self._files():
-            try:
-                with safe_open(folder / file, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                        part = handle.get_slice(name)
-                        self._file_of[name] = file
-                        self.shapes[name] = tuple(part.get_shape())
-                        self._dtypes[name] = str(part.get_dtype())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{folder / file}: not a readable safetensors file: {error}") from error
-        if bad := {n: d for n, d in self._dtypes.items() if d not in _FLOAT_TYPES}:
-            name, kind = next(iter(bad.items()))
-            raise CheckpointError(f"{folder}: tensor {name} is {kind}; supported: {', '.join(sorted(_FLOAT_TYPES))}")
-
-    def _files(self) -> list[str]:
-        if (self._folder / _INDEX).is_file():
-            weight_map = _read_json(self._folder / _INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-                raise CheckpointError(f"{self._folder / _INDEX}: no weight_map of names to files")
-            files = sorted(set(weight_map.values()))
-            if bad := [f for f in files if Path(f).name != f or not f.endswith(".safetensors")]:
-                raise CheckpointError(f"{self._folder / _INDEX}: {bad[0]!r} is not a safetensors file of this folder")
-            return files
-        if (self._folder / _WEIGHTS).is_file():
-            return [_WEIGHTS]
-        pickled = any(self._folder.glob("*.bin")) or any(self._folder.glob("*.pt*"))
-        hint = "; pickled weights (.bin, .pt) can run code and are refused: convert them to safetensors"
-        raise CheckpointError(f"{self._folder}: no {_WEIGHTS} or {_INDEX}{hint if pickled else ''}")
-
-    def copy_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fills every tensor from its file, one at a time: peak memory is the model and one tensor."""
-        for file in sorted(set(self._file_of.values())):
-            with safe_open(self._folder / file, framework="pt") as handle:
-                for name, where in self._file_of.items():
-                    if where == file and name in tensors:
-                        tensors[name].copy_(handle.get_tensor(name))
-
-    def sampled_pages(self) -> Iterator[tuple[tuple[str, str, tuple[int, ...]], list[bytes]]]:
-        """For each tensor, by name: (name, dtype, shape) and pages evenly spread over its bytes."""
-        for name in sorted(self._file_of):
-            with safe_open(self._folder / self._file_of[name], framework="pt") as handle:
-                flat = handle.get_tensor(name).reshape(-1).view(torch.uint8)
-            step = max(_PAGE_BYTES, (flat.numel() - _PAGE_BYTES) // (_PAGES - 1))
-            starts = range(0, max(1, flat.numel() - _PAGE_BYTES + 1), step)
-            pages = [flat[s : s + _PAGE_BYTES].numpy().tobytes() for s in starts]
-            yield (name, self._dtypes[name], self.shapes[name]), pages
-
-
-def _check_shapes(shards: _Shards, decoder: Decoder, tandem: TandemConfig | None) -> None:
-    """Compares names and shapes with what the config promises, on meta tensors: an absurd config allocates nothing."""
-    expected = {name: tuple(t.shape) for name, t in hf_tensors(decoder).items()}
-    if tandem is not None:
-        shape = (decoder.config.hidden_size, tandem.primary_hidden_size)
-        expected |= {f"tandem.ff.{j}.weight": shape for j in range(decoder.config.num_layers)}
-    for name, shape in expected.items():
-        if name not in shards.shapes:
-            raise CheckpointError(f"tensor {name} is missing")
-        if shards.shapes[name] != shape:
-            raise CheckpointError(f"tensor {name} has shape {shards.shapes[name]}; config.json implies {shape}")
-    tied = {"lm_head.weight"} if decoder.config.tie_word_embeddings else set()
-    extra = [n for n in shards.shapes if n not in expected and n not in tied and not n.endswith("rotary_emb.inv_freq")]
-    if extra:
-        raise CheckpointError(f"{len(extra)} unexpected tensors, the first: {sorted(extra)[0]}")
-
-
 def _tandem_config(hf: Mapping[str, Any]) -> TandemConfig | None:
     block = hf.get("tandem")
     if block is None:
@@ -398,6 +283,11 @@ def _tandem_config(hf: Mapping[str, Any]) -> TandemConfig | None:
     return config
 
 
+def _name(path_or_hub_id: str | Path) -> str:
+    folder = Path(path_or_hub_id).expanduser()
+    return folder.resolve().name if folder.is_dir() else str(path_or_hub_id)
+
+
 def _model_len(config: DecoderConfig, wanted: int | None) -> int:
     return min(wanted or config.max_position_embeddings, config.max_position_embeddings)
 
@@ -405,15 +295,3 @@ def _model_len(config: DecoderConfig, wanted: int | None) -> int:
 def _frozen(model: _Model) -> _Model:
     model.eval().requires_grad_(False)
     return model
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.parent}: no {file.name}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a JSON object")
-    return content

@@ -29,6 +29,7 @@ _LIMITS: Mapping[str, int] = {
     "head_dim": 1024,
     "max_position_embeddings": 1 << 21,
 }
+_MAX_ROPE_ENTRIES = 1 << 28  # 2 GiB of float32 cosines and sines: 2 M positions of 128
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ class DecoderConfig:
             raise CheckpointError(f"{len(self.sliding_windows)} sliding windows for {self.num_layers} layers")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads")
-        if self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        if self.head_dim * self.max_position_embeddings > _MAX_ROPE_ENTRIES:
+            raise CheckpointError(f"a RoPE table of {self.max_position_embeddings} x {self.head_dim} is too large")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
@@ -76,7 +79,7 @@ class DecoderConfig:
         Raises:
             CheckpointError: naming the first thing that is missing, absurd, or that this decoder does not compute.
         """
-        model_type = hf.get("model_type")
+        model_type = str(hf.get("model_type"))
         if model_type not in _ARCHITECTURES:
             raise CheckpointError(
                 f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
@@ -104,7 +107,7 @@ class DecoderConfig:
             output_bias=biased,
             qk_norm=model_type == "qwen3",
             sliding_windows=_sliding_windows(hf, model_type, layers),
-            bos_token_id=hf.get("bos_token_id"),
+            bos_token_id=next(iter(token_id_list(hf.get("bos_token_id"))), None),
             eos_token_ids=token_id_list(hf.get("eos_token_id")),
         )
 
@@ -142,9 +145,10 @@ class DecoderConfig:
 
 def token_id_list(value: Any) -> tuple[int, ...]:
     """eos_token_id as config.json spells it (absent, one id or a list) as a tuple."""
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise CheckpointError(f"config.json: {value!r} is not a token id or a list of them")
+    return ids
 
 
 def _size(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -185,12 +189,13 @@ def _sliding_windows(hf: Mapping[str, Any], model_type: str, layers: int) -> tup
         return (window,) * layers
     if not hf.get("use_sliding_window", False):
         window = None
-    first = hf.get("max_window_layers", 28)
-    types = hf.get("layer_types") or [
-        "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)
-    ]
-    if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise CheckpointError(
-            f"config.json: layer_types must name {layers} layers, each sliding_attention or full_attention"
-        )
+    types = hf.get("layer_types")
+    if types is None:
+        first = hf.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise CheckpointError(f"config.json: max_window_layers = {first!r} is not a whole number")
+        return tuple(window if i >= first else None for i in range(layers))
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
+        raise CheckpointError(f"config.json: layer_types must list {layers} layers, each {' or '.join(known)}")
     return tuple(window if kind == "sliding_attention" else None for kind in types)

@@ -36,7 +36,7 @@ class RopeConfig:
             raise CheckpointError(f"config.json: rope parameters must be an object, not {raw!r}")
         given = dict(raw)
         theta = given.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0
-        rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
+        rope_type = str(given.pop("rope_type", None) or given.get("type") or "default")
         given.pop("type", None)
         if given.pop("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0) != 1.0:
             raise CheckpointError("config.json: partial_rotary_factor other than 1 is not supported")
@@ -52,10 +52,12 @@ class RopeConfig:
         if missing := needed - scaling.keys():
             raise CheckpointError(f"config.json: RoPE type {rope_type!r} lacks {', '.join(sorted(missing))}")
         for name, value in {"rope_theta": theta, **scaling}.items():
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            if not isinstance(value, (int, float)) or not 0 <= value <= _MAX_PARAMETER:  # refuses NaN too
                 raise CheckpointError(f"config.json: RoPE parameter {name} = {value!r} is not a usable number")
-        if theta <= 1 or scaling.get("factor", 1.0) <= 0:
-            raise CheckpointError(f"config.json: RoPE theta {theta} or factor {scaling.get('factor')} is out of range")
+            if value == 0 and name not in _MAY_BE_ZERO:
+                raise CheckpointError(f"config.json: RoPE parameter {name} = 0 is out of range")
+        if theta <= 1 or scaling.get("low_freq_factor", 0) >= scaling.get("high_freq_factor", math.inf):
+            raise CheckpointError("config.json: RoPE parameter rope_theta or low_freq_factor is out of range")
         return cls(float(theta), {"rope_type": rope_type, **scaling})
 
     def to_hf(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def rope_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torc
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates heads x [..., H, D] by cos and sin [..., 1, D] of `rope_table`; Hugging Face's rotate_half in three kernels."""
+    """Rotates heads x [..., H, D] by `rope_table`'s cos and sin [..., 1, D]: rotate_half's result in three kernels."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -144,6 +146,8 @@ _NEEDED: Mapping[str, frozenset[str]] = {
     "yarn": frozenset({"factor", "original_max_position_embeddings"}),
     "llama3": frozenset({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}),
 }
+_MAY_BE_ZERO = {"truncate", "mscale", "mscale_all_dim"}  # false, and "not given"
+_MAX_PARAMETER = 1e12
 _OPTIONAL: Mapping[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset(),

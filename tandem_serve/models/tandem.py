@@ -99,8 +99,8 @@ class TandemDrafter(nn.Module):
     ) -> Tensor:
         """The parallel training pass over whole sequences from position 0: hidden [B, T, d_S].
 
-        Keys are 2T wide: T from the primary, T from MS itself. A query sees the primary's in strictly earlier blocks and
-        MS's own in its block. (The paper prints floor(i/g)*g; its prose, and this, is floor((i-1)/g)*g, from 1.)
+        Keys are 2T wide: T from the primary, T from MS itself. A query sees the primary's in strictly earlier blocks
+        and MS's own in its block. (The paper prints floor(i/g)*g; its prose, and this, is floor((i-1)/g)*g, from 1.)
         """
         positions = torch.arange(token_ids.shape[1], device=token_ids.device)
         from_primary = self.project(representations, positions)
