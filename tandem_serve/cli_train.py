@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +40,10 @@ def primary(
     data: Data = "stdlib",
     tokens: Tokens = "5M",
     vocab_size: int = 4096,
-    layers: int = 8,
-    hidden_size: int = 384,
-    intermediate_size: int = 1024,
-    heads: int = 6,
+    layers: int = 16,
+    hidden_size: int = 256,
+    intermediate_size: int = 768,
+    heads: int = 4,
     kv_heads: int = 2,
     max_positions: int = 1024,
     sequence_length: int = 512,
@@ -54,7 +55,7 @@ def primary(
     threads: Threads = 0,
     device: Device = "cpu",
     precision: Precision = "auto",
-    compile: Compile = False,  # noqa: A002 - the flag's name
+    compile: Compile = False,
     resume: Resume = True,
     checkpoint_interval_s: float = 45.0,
     quiet: bool = False,
@@ -94,6 +95,142 @@ def primary(
         details = {"data": data, "held_out": [d.name for d in held_out], "held_out_hash": corpus_hash(held_out)}
         model = train_primary(out, training, shape, batches, config, resume=resume, compiled=compile, details=details)
         typer.echo(f"primary written to {model}")
+
+
+@app.command()
+def drafter(
+    primary: Annotated[Path, typer.Option(help="Folder of the frozen primary.")],
+    out: Out,
+    data: Data = "stdlib",
+    tokens: Tokens = "3M",
+    plain: Annotated[bool, typer.Option("--plain", help="The baseline: the same MS without taps.")] = False,
+    both: Annotated[
+        bool, typer.Option("--both", help="Tandem and baseline side by side, on the same batches.")
+    ] = False,
+    layer_map: Annotated[
+        str, typer.Option(help="last, uniform, or one primary layer per drafter layer: 4,8.")
+    ] = "uniform",
+    block_lengths: Annotated[str, typer.Option(help="One length or a range, drawn per batch. 2: the paper's.")] = "1-8",
+    layers: int = 2,
+    hidden_size: int = 160,
+    intermediate_size: int = 448,
+    heads: int = 5,
+    kv_heads: int = 5,
+    distillation_weight: Annotated[float, typer.Option(min=0, max=1, help="Stage 2's share of ML's softmax.")] = 0.5,
+    cross_entropy_share: Annotated[float, typer.Option(min=0, max=1, help="Stage 1's share of the steps.")] = 0.15,
+    sampled_tokens: Annotated[str, typer.Option(help="Tokens that the primary writes as further text; 0: none.")] = "0",
+    sequence_length: int = 256,
+    batch_size: int = 16,
+    learning_rate: float = 5e-3,
+    embedding_learning_rate: float = 3e-3,
+    muon: bool = True,
+    seed: int = 0,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    precision: Precision = "auto",
+    compile: Compile = False,
+    resume: Resume = True,
+    checkpoint_interval_s: float = 45.0,
+    quiet: bool = False,
+) -> None:
+    """Train drafters with the primary frozen: Tandem-CE, then Tandem-Distil."""
+    from tandem_serve.training.data import parse_block_lengths
+    from tandem_serve.training.drafters import PLAIN, TANDEM, DrafterConfig, train_drafters
+    from tandem_serve.training.optimizer import OptimizerConfig
+    from tandem_serve.training.primary import BatchConfig
+    from tandem_serve.training.trainer import TrainerConfig
+
+    with _errors():
+        _set_threads(threads)
+        training, held_out = _split(data)
+        config = DrafterConfig(
+            num_layers=layers,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            layer_map=layer_map,
+            block_lengths=parse_block_lengths(block_lengths),
+            kinds=(TANDEM, PLAIN) if both else (PLAIN,) if plain else (TANDEM,),
+            distillation_weight=distillation_weight,
+            cross_entropy_share=cross_entropy_share,
+            sampled_tokens=0 if sampled_tokens == "0" else parse_tokens(sampled_tokens),
+        )
+        trainer = TrainerConfig(
+            num_steps=max(1, parse_tokens(tokens) // (sequence_length * batch_size)),
+            optimizer=OptimizerConfig(learning_rate, embedding_learning_rate, muon=muon),
+            precision=precision,
+            device=device,
+            checkpoint_interval_s=checkpoint_interval_s,
+            quiet=quiet,
+        )
+        folders = train_drafters(
+            out,
+            primary,
+            training,
+            config,
+            BatchConfig(sequence_length, batch_size, seed),
+            trainer,
+            resume=resume,
+            compiled=compile,
+            details={"data": data, "held_out": [d.name for d in held_out]},
+        )
+        typer.echo("drafters written to " + ", ".join(map(str, folders)))
+
+
+@app.command()
+def evaluate(
+    primary: Annotated[Path, typer.Option(help="Folder of the primary.")],
+    drafters: Annotated[list[str], typer.Option("--drafter", help="NAME=FOLDER, as often as you like.")],
+    data: Data = "stdlib",
+    block_length: int = 5,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to continue.")] = 100,
+    threads: Threads = 0,
+) -> None:
+    """Measure drafters on held-out text and on the primary's own greedy continuations; JSON to standard output."""
+    from tandem_serve.training.demo import EvaluationSize, evaluate_pair
+
+    with _errors():
+        _set_threads(threads)
+        folders = {name: Path(folder) for name, _, folder in (d.partition("=") for d in drafters)}
+        size = EvaluationSize(num_prompts=limit, block_length=block_length)
+        typer.echo(json.dumps(evaluate_pair(primary, folders, _split(data)[1], size), indent=2))
+
+
+@app.command()
+def demo(
+    runs: Annotated[Path, typer.Option(help="Folder of the two runs' states and logs.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Where the finished pair goes.")] = Path("models/demo"),
+    primary_tokens: Tokens = "4.5M",
+    drafter_tokens: Tokens = "2.5M",
+    threads: Threads = 0,
+    compile: Compile = True,
+    quiet: bool = False,
+) -> None:
+    """Train the committed demo pair again, from nothing or from where a killed run stopped."""
+    from tandem_serve.training.demo import assemble_demo
+
+    primary(
+        runs / "primary",
+        tokens=primary_tokens,
+        batch_size=12,
+        learning_rate=4e-3,
+        threads=threads,
+        compile=compile,
+        quiet=quiet,
+    )
+    drafter(
+        runs / "primary" / "model",
+        runs / "drafters",
+        tokens=drafter_tokens,
+        both=True,
+        threads=threads,
+        compile=compile,
+        quiet=quiet,
+    )
+    with _errors():
+        report = assemble_demo(runs / "primary", runs / "drafters", out)
+    typer.echo(json.dumps(report["tandem_against_plain"], indent=2))
 
 
 def _split(data: str) -> tuple[list[Document], list[Document]]:

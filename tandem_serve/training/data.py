@@ -32,7 +32,7 @@ class TokenWindows:
         self._token_ids = token_ids
         self._length = sequence_length
         self._batch_size = batch_size
-        self._seed = seed
+        self.seed = seed
         self._windows_per_epoch = (len(token_ids) - 1 - sequence_length) // sequence_length
         if self._windows_per_epoch < 1:
             raise ConfigError(f"{len(token_ids)} tokens are too few for sequences of {sequence_length}")
@@ -50,7 +50,7 @@ class TokenWindows:
 
     def _start(self, index: int) -> int:
         epoch, place = divmod(index, self._windows_per_epoch)
-        random = np.random.default_rng((self._seed, epoch))
+        random = np.random.default_rng((self.seed, epoch))
         offset = int(random.integers(self._length))
         return offset + int(random.permutation(self._windows_per_epoch)[place]) * self._length
 
@@ -72,9 +72,9 @@ def parse_block_lengths(text: str) -> tuple[int, int]:
     Raises:
         ConfigError: for anything else.
     """
-    low, _, high = text.partition("-")
+    low, dash, high = text.partition("-")
     try:
-        lengths = int(low), int(high or low)
+        lengths = int(low), int(high if dash else low)
     except ValueError:
         lengths = (0, 0)
     if not 1 <= lengths[0] <= lengths[1]:

@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Learning rates are peaks. Muon's update is scaled to AdamW's root mean square, so one rate means the same for both."""
+    """Learning rates are peaks. Muon's update is scaled to AdamW's, so one rate means the same for both."""
 
     learning_rate: float = 3e-3  # of matrices
     embedding_learning_rate: float = 3e-3  # of embeddings, norms, biases and stacked projections

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: resumable state, a JSONL log, provenance. A kill at any moment loses no more than a minute."""
+"""What a run leaves on disk: resumable state, a JSONL log, provenance. A kill loses no more than a minute."""
 
 from __future__ import annotations
 

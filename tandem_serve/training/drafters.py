@@ -1,0 +1,230 @@
+"""Training of drafters with the primary frozen: Tandem-CE, then Tandem-Distil; the plain baseline beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tandem_serve.errors import ConfigError
+from tandem_serve.models.checkpoint import fingerprint, load_decoder, load_tokenizer, save_drafter
+from tandem_serve.models.decoder import Decoder, DecoderConfig, causal_attention
+from tandem_serve.models.tandem import TandemConfig, TandemDrafter, resolve_layer_map
+from tandem_serve.training.corpus import Document, corpus_hash
+from tandem_serve.training.data import TokenWindows, block_index, encode_documents
+from tandem_serve.training.generate import continuations
+from tandem_serve.training.losses import distillation_loss
+from tandem_serve.training.primary import BatchConfig, sequence_logits
+from tandem_serve.training.run_folder import RunFolder
+from tandem_serve.training.trainer import Trainer, TrainerConfig
+
+TANDEM, PLAIN = "drafter", "plain-drafter"
+_SAMPLED_PROMPT = 32  # tokens of training text that open each text of the primary's own
+_SAMPLED_BATCH = 64
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """What is trained, and on what. Names both drafters where both are trained, side by side, on the same batches."""
+
+    num_layers: int = 2
+    hidden_size: int = 160
+    intermediate_size: int = 448
+    num_heads: int = 5
+    num_kv_heads: int = 5
+    layer_map: str = "uniform"
+    block_lengths: tuple[int, int] = (1, 8)
+    kinds: tuple[str, ...] = (TANDEM,)
+    distillation_weight: float = 0.5
+    cross_entropy_share: float = 0.15  # of the steps: stage 1, before the primary's softmax joins
+    sampled_tokens: int = 0  # length of the text that the primary writes itself, to be trained on with the corpus
+
+
+class PrimaryView(NamedTuple):
+    """What the frozen primary says of a batch."""
+
+    representations: Tensor  # [B, T, num_taps, d_L]
+    probabilities: Tensor  # [B, T, V] float32
+
+
+class DrafterTask:
+    """One forward pass of the primary a step, shared by every drafter: equal tokens in equal order by construction."""
+
+    def __init__(
+        self,
+        primary: Decoder,
+        models: Mapping[str, TandemDrafter | Decoder],
+        windows: TokenWindows,
+        config: DrafterConfig,
+        identity: Mapping[str, Any],
+        device: str,
+    ) -> None:
+        self.models: Mapping[str, nn.Module] = models
+        self.identity = identity
+        self.tokens_per_step = windows.tokens_per_batch
+        self._drafters = models
+        self._primary = primary
+        self._windows = windows
+        self._config = config
+        self._device = device
+        tandem = models.get(TANDEM)
+        self._taps = tandem.taps if isinstance(tandem, TandemDrafter) else ()
+        compiled: Callable[[Any], Any] = torch.compile if identity["compile"] else lambda function: function
+        self._view = compiled(self._run_primary)
+        self._loss = {name: compiled(self._loss_function(model)) for name, model in models.items()}
+
+    def losses(self, step: int, num_steps: int) -> dict[str, Tensor]:
+        batch = self._windows.batch(step).to(self._device)
+        token_ids, targets = batch[:, :-1], batch[:, 1:]
+        with torch.no_grad():
+            view = self._view(token_ids)
+        blocks = block_index(step, token_ids.shape[1], self._config.block_lengths, self._windows.seed)
+        distils = step >= self._config.cross_entropy_share * num_steps
+        weight = self._config.distillation_weight if distils else 0.0
+        return {name: f(token_ids, targets, view, blocks.to(self._device), weight) for name, f in self._loss.items()}
+
+    def _run_primary(self, token_ids: Tensor) -> PrimaryView:
+        num_tokens = token_ids.shape[1]
+        attend = causal_attention(self._primary.config, num_tokens, token_ids.device)
+        positions = torch.arange(num_tokens, device=token_ids.device)
+        hidden, taps = self._primary(token_ids, positions, attend, self._taps)
+        representations = torch.stack(taps, -2) if taps else hidden.new_zeros(*hidden.shape[:2], 0, hidden.shape[-1])
+        return PrimaryView(representations, self._primary.logits(hidden).float().softmax(-1))
+
+    @staticmethod
+    def _loss_function(model: TandemDrafter | Decoder) -> Callable[..., Tensor]:
+        def loss(token_ids: Tensor, targets: Tensor, view: PrimaryView, blocks: Tensor, weight: float) -> Tensor:
+            return distillation_loss(
+                drafter_logits(model, token_ids, view.representations, blocks), targets, view.probabilities, weight
+            )
+
+        return loss
+
+
+def drafter_logits(
+    drafter: TandemDrafter | Decoder, token_ids: Tensor, representations: Tensor, blocks: Tensor
+) -> Tensor:
+    """Logits [B, T, V] of a drafter for whole sequences. A plain one takes no notice of representations and blocks."""
+    if isinstance(drafter, TandemDrafter):
+        return drafter.logits(drafter.forward_blocks(token_ids, representations, blocks))
+    return sequence_logits(drafter, token_ids)
+
+
+def train_drafters(
+    folder: Path,
+    primary_folder: Path,
+    training: Sequence[Document],
+    config: DrafterConfig,
+    batches: BatchConfig,
+    trainer: TrainerConfig,
+    *,
+    resume: bool = True,
+    compiled: bool = False,
+    details: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Trains the drafters named in config.kinds and writes each, in bf16, to `folder/KIND`."""
+    run = RunFolder(folder)
+    if not resume:
+        run.clear()
+    primary = load_decoder(primary_folder, device=trainer.device)
+    stream = _token_stream(run, primary, primary_folder, training, config, batches.seed, trainer.device)
+    windows = TokenWindows(stream, batches.sequence_length, batches.batch_size, batches.seed)
+    primary_fingerprint = fingerprint(primary_folder)
+    identity = {
+        "data_hash": corpus_hash(training),
+        "primary_fingerprint": primary_fingerprint,
+        "drafters": json.dumps(asdict(config), sort_keys=True),
+        "batches": json.dumps(asdict(batches)),
+        "compile": compiled,
+    }
+    models = {
+        kind: _build(kind, config, primary.config, primary_fingerprint, batches.seed, trainer.device)
+        for kind in config.kinds
+    }
+    task = DrafterTask(primary, models, windows, config, identity, trainer.device)
+    run.write_provenance({**(details or {}), **identity, "num_tokens": len(stream), "num_steps": trainer.num_steps})
+    loop = Trainer(task, trainer, run)
+    loop.resume()
+    loop.run()
+    for kind, model in models.items():
+        save_drafter(model.to(torch.bfloat16), folder / kind, tokenizer_from=primary_folder)
+    return [folder / kind for kind in models]
+
+
+def _build(
+    kind: str, config: DrafterConfig, ml: DecoderConfig, primary_fingerprint: str, seed: int, device: str
+) -> TandemDrafter | Decoder:
+    """A drafter with fresh weights. Tandem and plain ones share every weight that both have."""
+    if kind not in (TANDEM, PLAIN):
+        raise ConfigError(f"drafter kind {kind!r}: expected {TANDEM} or {PLAIN}")
+    shape = DecoderConfig(
+        vocab_size=ml.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        max_position_embeddings=ml.max_position_embeddings,
+        tie_word_embeddings=True,
+        eos_token_ids=ml.eos_token_ids,
+    )
+    decoder = Decoder(shape, device=device).init_weights(seed)
+    if kind == PLAIN:
+        return decoder
+    layer_map = resolve_layer_map(config.layer_map, config.num_layers, ml.num_layers)
+    tandem = TandemConfig(layer_map, ml.hidden_size, ml.num_layers, primary_fingerprint)
+    drafter = TandemDrafter(decoder, tandem).init_projections(seed)
+    with torch.no_grad():
+        drafter.ff.mul_(50.0)  # MS's input norm undoes the scale; AdamW's step, which is absolute, should not dwarf it
+    return drafter
+
+
+def _token_stream(
+    run: RunFolder,
+    primary: Decoder,
+    primary_folder: Path,
+    training: Sequence[Document],
+    config: DrafterConfig,
+    seed: int,
+    device: str,
+) -> npt.NDArray[np.int32]:
+    """The corpus, and behind it the primary's own texts; these are written once and kept in the run's folder."""
+    tokenizer = load_tokenizer(primary_folder)
+    separator = primary.config.eos_token_ids[0] if primary.config.eos_token_ids else 0
+    corpus = encode_documents(training, tokenizer, separator)
+    if not config.sampled_tokens:
+        return corpus
+    file = run.path / "sampled.npy"
+    if not file.is_file():
+        fresh = file.with_name(".sampled.new.npy")
+        np.save(fresh, sample_texts(primary, corpus, config.sampled_tokens, seed, device))
+        fresh.replace(file)
+    return np.concatenate((corpus, np.load(file)))
+
+
+def sample_texts(
+    primary: Decoder, corpus: npt.NDArray[np.int32], num_tokens: int, seed: int, device: str = "cpu", length: int = 256
+) -> npt.NDArray[np.int32]:
+    """About num_tokens of the primary's own text, in pieces of `length` that continue bits of the corpus.
+
+    Half of the batches are greedy, half sampled at temperature 0.8: the two ways in which drafters are used.
+    """
+    random = np.random.default_rng((seed, 2))
+    pieces = []
+    for batch in range(max(1, num_tokens // (length * _SAMPLED_BATCH))):
+        starts = random.integers(0, len(corpus) - _SAMPLED_PROMPT, _SAMPLED_BATCH)
+        prompts = torch.from_numpy(np.stack([corpus[s : s + _SAMPLED_PROMPT] for s in starts]).astype(np.int64))
+        temperature = 0.8 if batch % 2 else 0.0
+        texts = continuations(
+            primary, prompts.to(device), length - _SAMPLED_PROMPT, temperature=temperature, seed=seed + batch
+        )
+        pieces.append(texts.cpu().numpy().astype(np.int32).reshape(-1))
+    return np.concatenate(pieces)

@@ -1,0 +1,84 @@
+"""Prompts cut from the modules of this interpreter's library that the demo pair never saw."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tandem_serve.errors import ConfigError
+from tandem_serve.training.corpus import STDLIB_HELD_OUT, Document, stdlib_folder
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutPrompt:
+    """The beginning of a text to continue, and the module and token offset that it was cut at."""
+
+    name: str
+    text: str
+    token_ids: tuple[int, ...]
+
+
+def write_held_out(file: Path) -> None:
+    """Lists the held-out modules (models/demo/heldout.json)."""
+    record = {"source": "stdlib", "python": platform.python_version(), "modules": list(STDLIB_HELD_OUT)}
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_held_out(file: Path) -> list[Document]:
+    """The modules listed in heldout.json, from the running interpreter's library; those it lacks are left out.
+
+    Raises:
+        ConfigError: where the file cannot be used or none of the modules exists.
+    """
+    try:
+        names = json.loads(file.read_text("utf-8"))["modules"]
+        found = [(name, stdlib_folder() / name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: not a list of held-out modules: {error!r}") from error
+    documents = [Document(name, path.read_text("utf-8", errors="replace")) for name, path in found if path.is_file()]
+    if not documents:
+        raise ConfigError(f"{file}: this interpreter's library has none of the modules")
+    return documents
+
+
+def heldout_prompts(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    limit: int,
+    *,
+    min_tokens: int = 64,
+    max_tokens: int = 256,
+    seed: int = 0,
+) -> list[HeldOutPrompt]:
+    """Cuts `limit` prompts, each from the start of some line on, going round the modules in turn.
+
+    Deterministic in (documents, limit, seed), and the first n prompts are the same whatever the limit. Modules too
+    short for max_tokens are passed over.
+    """
+    random = np.random.default_rng(seed)
+    usable = [(d, ids) for d in documents if len(ids := tokenizer.encode(d.text).ids) > 2 * max_tokens]
+    if not usable:
+        raise ConfigError(f"no held-out document has more than {2 * max_tokens} tokens")
+    prompts = []
+    for i in range(limit):
+        document, token_ids = usable[i % len(usable)]
+        wanted = int(random.integers(min_tokens, max_tokens + 1))
+        start = _line_start(token_ids, int(random.integers(len(token_ids) - 2 * max_tokens)), tokenizer, max_tokens)
+        chosen = token_ids[start : start + wanted]
+        text = tokenizer.decode(chosen, skip_special_tokens=False)
+        prompts.append(HeldOutPrompt(f"{document.name}:{start}", text, tuple(chosen)))
+    return prompts
+
+
+def _line_start(token_ids: Sequence[int], start: int, tokenizer: Tokenizer, reach: int) -> int:
+    """The first place at or behind `start` that follows a line break; `start` itself where none is within reach."""
+    for place in range(start, start + reach):
+        if place == 0 or "\n" in tokenizer.decode([token_ids[place - 1]]):
+            return place
+    return start

@@ -1,0 +1,160 @@
+"""Whole runs on a tiny corpus: losses fall, a killed run repeats itself, what is saved loads elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tandem_serve.models.checkpoint import drafter_info, fingerprint, load_decoder, load_drafter, primary_info
+from tandem_serve.models.decoder import Decoder
+from tandem_serve.models.tandem import TandemDrafter
+from tandem_serve.training.primary import sequence_logits
+from tandem_serve.training.run_folder import RunFolder
+
+_SHAPE = ["--layers", "2", "--hidden-size", "32", "--intermediate-size", "64", "--heads", "2", "--kv-heads", "1"]
+_BATCH = ["--sequence-length", "32", "--batch-size", "4", "--threads", "1", "--precision", "fp32", "--quiet"]
+_STEP_TOKENS = 4 * 32
+
+
+def _command(kind: str, *arguments: str | Path) -> list[str]:
+    command = [sys.executable, "-m", "tandem_serve.cli_train", kind, *map(str, arguments)]
+    return [*command, *_SHAPE, *_BATCH]
+
+
+def _run(kind: str, *arguments: str | Path) -> None:
+    subprocess.run(_command(kind, *arguments), check=True, capture_output=True, timeout=120)
+
+
+def _losses(folder: Path) -> dict[int, dict[str, float]]:
+    return {record["step"]: record["losses"] for record in RunFolder(folder).read_log()}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(30):
+        lines = (f"def function_{i}_{j}(value):\n    return value + {i * j}\n\n" for j in range(20))
+        (folder / f"module_{i}.py").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def primary_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("primary")
+    _run("primary", "--data", corpus, "--out", out, "--vocab-size", 300, "--tokens", 41 * _STEP_TOKENS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def drafter_run(corpus: Path, primary_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("drafters")
+    tokens = 41 * _STEP_TOKENS
+    _run("drafter", "--data", corpus, "--primary", primary_run / "model", "--out", out, "--tokens", tokens, "--both")
+    return out
+
+
+def test_the_loss_falls(primary_run: Path, drafter_run: Path) -> None:
+    for folder in (primary_run, drafter_run):
+        losses = _losses(folder)
+        for name, first in losses[0].items():
+            assert losses[40][name] < first - 1.0
+
+
+def test_the_primary_loads_here_and_in_transformers(primary_run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = primary_run / "model"
+    ours = load_decoder(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    token_ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("def function_1_2(value):\n")["input_ids"]])
+    with torch.no_grad():
+        assert (theirs(token_ids).logits - sequence_logits(ours, token_ids)).abs().max() < 1e-4
+    assert primary_info(folder).vocab_size == 300
+
+
+def test_drafters_load_and_name_their_primary(primary_run: Path, drafter_run: Path) -> None:
+    tandem, plain = load_drafter(drafter_run / "drafter"), load_drafter(drafter_run / "plain-drafter")
+    assert isinstance(tandem, TandemDrafter) and isinstance(plain, Decoder)
+    assert tandem.taps == (1, 2)
+    info = drafter_info(drafter_run / "drafter", max_block_length=8)
+    assert info.primary_fingerprint == fingerprint(primary_run / "model")
+    assert info.tokenizer_hash == primary_info(primary_run / "model").tokenizer_hash
+
+
+def test_provenance_says_how_it_was_made(primary_run: Path, drafter_run: Path) -> None:
+    for folder in (primary_run, drafter_run):
+        record = RunFolder(folder).read_provenance()
+        assert {"command", "git_commit", "python", "torch", "data_hash", "held_out", "num_steps"} <= record.keys()
+        assert record["held_out"] and not {n for n in record["held_out"] if not n.endswith(".py")}
+
+
+def test_a_plain_drafter_trained_alone_equals_the_one_trained_beside_a_tandem_drafter(
+    corpus: Path, primary_run: Path, drafter_run: Path, tmp_path: Path
+) -> None:
+    tokens = 41 * _STEP_TOKENS
+    model = primary_run / "model"
+    _run("drafter", "--data", corpus, "--primary", model, "--out", tmp_path, "--tokens", tokens, "--plain")
+    alone, beside = _losses(tmp_path), _losses(drafter_run)
+    assert [alone[s]["plain-drafter"] for s in alone] == [beside[s]["plain-drafter"] for s in beside]
+
+
+@pytest.mark.parametrize("kind", ["primary", "drafter"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
+    kind: str, corpus: Path, primary_run: Path, drafter_run: Path, tmp_path: Path
+) -> None:
+    if kind == "primary":
+        arguments, whole = ["--vocab-size", "300"], primary_run
+    else:
+        arguments, whole = ["--primary", str(primary_run / "model"), "--both"], drafter_run
+    arguments += ["--data", str(corpus), "--out", str(tmp_path), "--tokens", str(41 * _STEP_TOKENS)]
+    arguments += ["--checkpoint-interval-s", "0"]  # after every step
+    process = subprocess.Popen(_command(kind, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait_for(lambda: (tmp_path / "log.jsonl").is_file() and len(_lines(tmp_path)) >= 2, process)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "model").exists() and not (tmp_path / "drafter").exists()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 12, "los')  # a line that the kill cut in two
+    _run(kind, *arguments)
+    assert _losses(tmp_path) == _losses(whole)
+
+
+def test_another_runs_state_is_refused(corpus: Path, primary_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["--data", corpus, "--vocab-size", 300, "--out", out, "--tokens", _STEP_TOKENS]
+    _run("primary", *arguments)
+    command = [*_command("primary", *arguments), "--seed", "1"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1 and "state of another run" in refused.stderr
+    assert subprocess.run([*command, "--no-resume"], capture_output=True, timeout=120).returncode == 0
+
+
+def test_evaluate_reports_both_drafters(corpus: Path, primary_run: Path, drafter_run: Path) -> None:
+    folders = [f"--drafter={name}={drafter_run / name}" for name in ("drafter", "plain-drafter")]
+    command = [sys.executable, "-m", "tandem_serve.cli_train", "evaluate", "--primary", str(primary_run / "model")]
+    command += [*folders, "--data", "stdlib", "--limit", "2", "--threads", "1"]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=120).stdout)
+    assert set(report["drafters"]) == {"drafter", "plain-drafter"}
+    for figures in report["drafters"].values():
+        assert 0 <= figures["drafting"]["accepted_per_block"] <= 5
+        assert 0 < figures["text"]["block_length_2"]["total_variation"] < 1
+    assert "accepted_per_block_percent" in report["tandem_against_plain"]
+
+
+def _lines(folder: Path) -> list[str]:
+    return (folder / "log.jsonl").read_text().splitlines()
+
+
+def _wait_for(condition: object, process: subprocess.Popen[bytes]) -> None:
+    """Polls until the condition holds; a process that ended first has failed to be killed in time."""
+    assert callable(condition)
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
