@@ -9,14 +9,17 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from tandem_serve.config import PrimaryEngineConfig
+from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
 from tandem_serve.engine.canonical import canonical_logits
+from tandem_serve.engine.drafter import DrafterEngine
 from tandem_serve.engine.torch_primary import TorchPrimary
 from tandem_serve.errors import TandemError
-from tandem_serve.models.checkpoint import load_decoder, primary_info
+from tandem_serve.models.checkpoint import drafter_info, load_decoder, load_drafter, primary_info
 from tandem_serve.models.decoder import Decoder, DecoderConfig
+from tandem_serve.models.tandem import TandemDrafter
 from tandem_serve.types import (
+    DrafterInfo,
     FinishReason,
     GenerationRequest,
     GenerationStep,
@@ -24,7 +27,7 @@ from tandem_serve.types import (
     SamplingParams,
     TokenLogprob,
 )
-from tests.checkpoints import CONFIG, make_primary
+from tests.checkpoints import CONFIG, make_drafter, make_plain_drafter, make_primary
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -113,3 +116,28 @@ def generate(engine: TorchPrimary, requests: Iterable[GenerationRequest]) -> dic
         engine.submit(request, outputs[request.request_id])
     engine.run_until_idle()
     return outputs
+
+
+_drafters: dict[str, tuple[TandemDrafter | Decoder, DrafterInfo]] = {}
+
+
+def tiny_drafter(kind: str = "tandem", config: DecoderConfig = CONFIG) -> tuple[TandemDrafter | Decoder, DrafterInfo]:
+    """A drafter of the tiny primary: "tandem" or "plain" (often right), "last" (tandem on one tap, mostly wrong)."""
+    key = f"{kind} {config!r}"
+    if key not in _drafters:
+        path = Path(_folder.name) / f"drafter-{len(_drafters)}"
+        primary = tiny_primary(config)[2]
+        if kind == "plain":
+            make_plain_drafter(path, primary)
+        else:
+            make_drafter(path, primary, layer_map=None if kind == "tandem" else kind)
+        _drafters[key] = (load_drafter(path), drafter_info(path, max_block_length=16))
+    return _drafters[key]
+
+
+def make_drafter_engine(
+    kind: str = "tandem", config: DrafterEngineConfig | None = None, *, model: DecoderConfig = CONFIG, **options: object
+) -> DrafterEngine:
+    """A drafter engine on a tiny model. `options` go to DrafterEngine."""
+    drafter, info = tiny_drafter(kind, model)
+    return DrafterEngine(drafter, info, config or DrafterEngineConfig(), **options)  # type: ignore[arg-type]

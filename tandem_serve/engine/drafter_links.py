@@ -44,7 +44,10 @@ class DrafterLinks:
         if known is not None and known.link.state is not LinkState.CLOSED:
             known.is_known = True
         elif self._factory is not None:
-            self._drafters[address] = Drafter(self._factory(address, self._primary, self._wake))
+            try:
+                self._drafters[address] = Drafter(self._factory(address, self._primary, self._wake))
+            except Exception:  # an address that is none, say: the sequences that name it go on without
+                _log.exception("no link to drafter %r", address)
 
     def set_addresses(self, addresses: Iterable[str]) -> None:
         """Exactly these take new sequences from now on. The others go when their last sequence has left."""

@@ -73,9 +73,11 @@ class TorchPrimary:
         policy = policy or FixedBlockLength(config.block_length, MAX_BLOCK_LENGTH)
         self._drafting = DraftCoordinator(config, info, self._links, policy, self.metrics)
         self._sequences: dict[str, Sequence] = {}  # waiting and running
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards the next four
+        self._idle = threading.Condition(self._lock)  # some request has finished
         self._inbox: deque[Callable[[], None]] = deque()
         self._request_ids: set[str] = set()
+        self._is_closed = False
 
     # -------------------------------------------------------------- any thread
 
@@ -85,6 +87,7 @@ class TorchPrimary:
         Raises:
             InvalidRequest: it can never be served; `field` says why.
             Overloaded: max_num_seqs + max_num_waiting requests are unfinished.
+            Unavailable: the engine is closed.
         """
         check_request(
             request,
@@ -94,6 +97,8 @@ class TorchPrimary:
         )
         sequence = Sequence.of(request, sink, self._clock())
         with self._lock:
+            if self._is_closed:
+                raise Unavailable("this primary is closing")
             if request.request_id in self._request_ids:
                 raise InvalidRequest(f"request_id {request.request_id!r} is already running", field="request_id")
             if len(self._request_ids) >= self._config.max_num_seqs + self._config.max_num_waiting:
@@ -119,6 +124,11 @@ class TorchPrimary:
             kv_cache_usage=self._budget.usage,
             drafters=self._links.states(),
         )
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Blocks until no request is unfinished, or for timeout_s. For threads other than the one that steps."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._request_ids, timeout_s)
 
     def wake(self) -> None:
         """Ends a `wait`. Links call it when something has arrived."""
@@ -154,8 +164,7 @@ class TorchPrimary:
     def step(self) -> bool:
         """One step as the class describes it. False where there was nothing to do: then `wait`."""
         self._wake.clear()  # before anything is read, so that what arrives from here on is not missed
-        while self._inbox:
-            self._inbox.popleft()()
+        self._drain_inbox()
         now = self._clock()
         self._drafting.receive(self._sequences, now)
         for sequence in self._scheduler.admit():
@@ -174,14 +183,27 @@ class TorchPrimary:
         self._set_gauges()
         return bool(runs) or has_sent
 
+    def fail_all(self) -> None:
+        """Ends every request with Unavailable: something outside a batch went wrong, on nobody knows whose account."""
+        self._drain_inbox()
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence)
+
     def close(self) -> None:
         """Aborts what is left and closes the links. No step may follow."""
+        with self._lock:
+            self._is_closed = True
+        self._drain_inbox()
         for request_id in list(self._sequences):
             self._abort(request_id)
         self._drafting.send((), self._clock())
         self._links.close()
 
     # -------------------------------------------------------------- requests
+
+    def _drain_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._sequences[sequence.request.request_id] = sequence
@@ -218,6 +240,7 @@ class TorchPrimary:
         del self._sequences[sequence.request.request_id]
         with self._lock:
             self._request_ids.discard(sequence.request.request_id)
+            self._idle.notify_all()
         self.metrics.finished.labels(reason.value).inc()
 
     def _emit(self, sequence: Sequence, step: GenerationStep) -> None:

@@ -1,11 +1,13 @@
-"""What a request must satisfy before an engine takes it in. Each complaint names the field."""
+"""What requests and commands must satisfy before an engine takes them in. Each complaint names the field."""
 
 from __future__ import annotations
 
 import math
 
+import torch
+
 from tandem_serve.errors import InvalidRequest
-from tandem_serve.types import GenerationRequest, SamplingParams
+from tandem_serve.types import DrafterInfo, ExtendSequence, GenerationRequest, OpenSequence, SamplingParams
 
 MAX_REQUEST_ID_BYTES = 128  # sequence ids on the wire (drafting.proto)
 MAX_BLOCK_LENGTH = 64
@@ -51,3 +53,48 @@ def check_request(request: GenerationRequest, *, vocab_size: int, max_model_len:
     if request.num_logprobs is not None and not 0 <= request.num_logprobs <= vocab_size:
         raise InvalidRequest(f"num_logprobs = {request.num_logprobs}: expected 0 to {vocab_size}", field="num_logprobs")
     check_sampling(request.sampling)
+
+
+def check_open(command: OpenSequence) -> None:
+    """Raises InvalidRequest where a drafter cannot open this sequence."""
+    if not 0 < len(command.sequence_id.encode()) <= MAX_REQUEST_ID_BYTES:
+        raise InvalidRequest(f"sequence_id must have 1 to {MAX_REQUEST_ID_BYTES} bytes", field="sequence_id")
+    if command.incarnation < 0:
+        raise InvalidRequest(f"incarnation = {command.incarnation}: expected 0 or more", field="incarnation")
+    check_sampling(command.sampling)
+
+
+def check_extend(command: ExtendSequence, info: DrafterInfo, num_received: int) -> None:
+    """Raises InvalidRequest where a drafter with num_received positions of the sequence cannot go on from there."""
+    num_tokens = len(command.token_ids)
+    if command.start_position != num_received:
+        raise InvalidRequest(
+            f"start_position = {command.start_position}: expected {num_received}, positions have no gaps",
+            field="start_position",
+        )
+    if num_tokens and not (min(command.token_ids) >= 0 and max(command.token_ids) < info.vocab_size):
+        raise InvalidRequest(f"token_ids has ids outside 0..{info.vocab_size - 1}", field="token_ids")
+    if command.next_token_id is not None and not 0 <= command.next_token_id < info.vocab_size:
+        raise InvalidRequest(
+            f"next_token_id = {command.next_token_id}: expected 0 to {info.vocab_size - 1}", field="next_token_id"
+        )
+    if not 0 <= command.block_length <= info.max_block_length:
+        raise InvalidRequest(
+            f"block_length = {command.block_length}: expected 0 to {info.max_block_length}", field="block_length"
+        )
+    if num_received + num_tokens + command.block_length > info.max_model_len:
+        raise InvalidRequest(f"the sequence exceeds this drafter's {info.max_model_len} positions", field="token_ids")
+    _check_representations(command, info)
+
+
+def _check_representations(command: ExtendSequence, info: DrafterInfo) -> None:
+    """Shape and kind; whether the values are finite is looked at once for a whole batch."""
+    found = command.representations
+    if found is not None and not (isinstance(found, torch.Tensor) and found.is_floating_point()):
+        raise InvalidRequest("representations must be floating-point numbers", field="representations")
+    shape = (len(command.token_ids), len(info.taps), info.primary_hidden_size)
+    if (None if found is None or found.numel() == 0 else tuple(found.shape)) != (shape if math.prod(shape) else None):
+        raise InvalidRequest(
+            f"representations have shape {None if found is None else tuple(found.shape)}: expected {shape}",
+            field="representations",
+        )

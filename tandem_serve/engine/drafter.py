@@ -1,0 +1,287 @@
+"""The drafter engine: takes in verified positions of many primaries' sequences and drafts behind them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tandem_serve.config import DrafterEngineConfig
+from tandem_serve.engine.draft_cache import DraftCache, DraftSequence
+from tandem_serve.engine.draft_model import DraftModel
+from tandem_serve.engine.validation import check_extend, check_open
+from tandem_serve.errors import InvalidRequest, ModelMismatch, Overloaded, TandemError, Unavailable
+from tandem_serve.metrics import DrafterMetrics
+from tandem_serve.models.decoder import Decoder
+from tandem_serve.models.tandem import TandemDrafter
+from tandem_serve.types import (
+    CloseSequence,
+    CreditGranted,
+    DraftBlock,
+    DrafterCommand,
+    DrafterInfo,
+    DraftEvent,
+    ExtendSequence,
+    OpenSequence,
+    PrimaryInfo,
+    SequenceRejected,
+    credit_cost_bytes,
+    mismatches,
+)
+
+_log = logging.getLogger(__name__)
+
+Deliver = Callable[[list[DraftEvent]], None]
+
+
+@dataclass(slots=True)
+class _Peer:
+    """One primary's stream."""
+
+    deliver: Deliver
+    events: list[DraftEvent] = field(default_factory=list)  # of the present step
+    num_credit_bytes: int = 0
+
+
+class DrafterEngine:
+    """Owns MS and its KV cache (implements interfaces.Drafter).
+
+    MS may be a tandem drafter, whose verified positions are written from representations, or a plain decoder, which
+    runs verified tokens itself. `connect`, `submit` and `disconnect` are safe from any thread and only queue; all else
+    happens in `step`, on one thread: `start` runs it in a thread of its own, or the caller steps by hand.
+
+    Nothing in a command can stop the engine. What is wrong with a sequence is answered by a SequenceRejected and costs
+    that sequence alone.
+    """
+
+    def __init__(
+        self,
+        model: TandemDrafter | Decoder,
+        info: DrafterInfo,
+        config: DrafterEngineConfig,
+        *,
+        metrics: DrafterMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.metrics = metrics or DrafterMetrics()
+        self._info = info
+        self._model = DraftModel(model)
+        self._clock = clock
+        self._cache = DraftCache(self._model.decoder, config, self._on_evict)
+        self._peers: dict[str, _Peer] = {}
+        self._wake = threading.Event()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._thread: threading.Thread | None = None
+        self._is_stopping = False
+        # Of the present step: what each sequence is to take in, and the latest round that asks for a block.
+        self._arrived: dict[DraftSequence, list[ExtendSequence]] = {}
+        self._rounds: dict[DraftSequence, ExtendSequence] = {}
+
+    # -------------------------------------------------------------- any thread
+
+    @property
+    def info(self) -> DrafterInfo:
+        return self._info
+
+    def check_primary(self, primary: PrimaryInfo) -> None:
+        """See interfaces.Drafter."""
+        if found := mismatches(primary, self._info):
+            raise ModelMismatch("; ".join(found))
+
+    def connect(self, peer_id: str, deliver: Deliver) -> None:
+        """See interfaces.Drafter. A peer that connects again starts without sequences."""
+        self._post(lambda: self._connect(peer_id, deliver))
+
+    def submit(self, peer_id: str, commands: Sequence[DrafterCommand]) -> None:
+        """See interfaces.Drafter. Commands of peers that are not connected are dropped."""
+        self._post(lambda: self._apply_all(peer_id, commands))
+
+    def disconnect(self, peer_id: str) -> None:
+        """See interfaces.Drafter."""
+        self._post(lambda: self._disconnect(peer_id))
+
+    def start(self) -> None:
+        """Steps in a thread of its own until `stop`."""
+        if self._thread is not None:
+            raise RuntimeError("the drafter engine is running already")
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._loop, name="drafter-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its present step."""
+        if self._thread is not None:
+            self._is_stopping = True
+            self._wake.set()
+            self._thread.join()
+            self._thread = None
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._inbox.append(action)  # a deque's append is atomic
+        self._wake.set()
+
+    # -------------------------------------------------------------- the engine's thread
+
+    def _loop(self) -> None:
+        while not self._is_stopping:
+            try:
+                if self.step():
+                    continue
+            except Exception:
+                _log.exception("a drafter step failed")
+            left = self._cache.next_expiry_s() - self._clock()
+            self._wake.wait(None if math.isinf(left) else max(left, 0.0))
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Takes in all that has arrived, then drafts the latest round of each sequence. False: there was nothing."""
+        self._wake.clear()  # before the inbox is read, so that nothing is missed
+        started = self._clock()
+        self._cache.begin_step()
+        had_work = bool(self._inbox)
+        for _ in range(len(self._inbox)):
+            self._inbox.popleft()()
+        self._guard(self._take_in, self._arrived)
+        self._guard(lambda: self._draft(started), self._rounds)
+        self._arrived.clear()
+        self._rounds.clear()
+        self._cache.expire(started)
+        has_events = self._deliver()
+        self.metrics.sequences.set(len(self._cache))
+        self.metrics.kv_cache_usage.set(self._cache.budget.usage)
+        if had_work:
+            self.metrics.draft_time.observe(self._clock() - started)
+        return had_work or has_events
+
+    def _guard(self, stage: Callable[[], None], involved: Mapping[DraftSequence, object]) -> None:
+        """Runs one stage of a step; should it raise, the sequences involved are dropped and the engine goes on."""
+        try:
+            if involved:
+                stage()
+        except Exception as error:
+            _log.exception("a stage of a drafter step failed; its %d sequences are dropped", len(involved))
+            for sequence in list(involved):
+                self._give_up(sequence, Unavailable(f"the drafter failed: {error}"))
+
+    # -------------------------------------------------------------- peers and commands
+
+    def _connect(self, peer_id: str, deliver: Deliver) -> None:
+        self._disconnect(peer_id)
+        self._peers[peer_id] = _Peer(deliver)
+
+    def _disconnect(self, peer_id: str) -> None:
+        self._peers.pop(peer_id, None)
+        for sequence in [each for each in self._cache if each.peer_id == peer_id]:
+            self._forget(sequence)
+
+    def _apply_all(self, peer_id: str, commands: Sequence[DrafterCommand]) -> None:
+        peer = self._peers.get(peer_id)
+        if peer is None:
+            return
+        for command in commands:
+            try:
+                peer.num_credit_bytes += credit_cost_bytes(command)
+                self._apply(peer_id, command)
+            except TandemError as error:
+                self._reject(peer_id, command.sequence_id, command.incarnation, error)
+            except Exception as error:  # a field of another type than its annotation says, or no command at all
+                sequence_id, incarnation = getattr(command, "sequence_id", ""), getattr(command, "incarnation", 0)
+                self._reject(peer_id, sequence_id, incarnation, InvalidRequest(f"malformed command: {error!r}"))
+
+    def _apply(self, peer_id: str, command: DrafterCommand) -> None:
+        """Carries out one command, but for the computing.
+
+        Raises:
+            InvalidRequest: it can never be carried out.
+            Overloaded, Unavailable: it may be, under a new incarnation.
+        """
+        sequence = self._cache.get(peer_id, command.sequence_id)
+        is_current = sequence is not None and sequence.incarnation == command.incarnation
+        if isinstance(command, OpenSequence):
+            check_open(command)
+            if sequence is not None:
+                if sequence.incarnation >= command.incarnation:
+                    raise InvalidRequest(f"incarnation {sequence.incarnation} is open already", field="incarnation")
+                self._forget(sequence)
+            self._cache.open(peer_id, command, self._clock())
+        elif isinstance(command, CloseSequence):
+            if sequence is not None and is_current:
+                self._forget(sequence)
+        elif sequence is None or not is_current:
+            raise Unavailable(f"incarnation {command.incarnation} of this sequence is not open here")
+        else:
+            self._extend(sequence, command)
+
+    def _extend(self, sequence: DraftSequence, command: ExtendSequence) -> None:
+        check_extend(command, self._info, sequence.num_received)
+        self._cache.touch(sequence, self._clock())
+        self._cache.make_room(sequence, sequence.num_received + len(command.token_ids) + command.block_length)
+        self._model.receive(sequence, command)
+        self._arrived.setdefault(sequence, []).append(command)
+        self._rounds.pop(sequence, None)  # an earlier round that has not been drafted yet is out of date
+        if command.next_token_id is not None:
+            self._rounds[sequence] = command
+
+    def _forget(self, sequence: DraftSequence) -> None:
+        self._cache.drop(sequence.peer_id, sequence.sequence_id)
+        self._arrived.pop(sequence, None)
+        self._rounds.pop(sequence, None)
+
+    # -------------------------------------------------------------- computing
+
+    def _take_in(self) -> None:
+        for sequence in self._model.take_in(self._arrived, self._rounds.keys()):
+            self._give_up(sequence, InvalidRequest("representations are not finite", field="representations"))
+        num_positions = sum(len(c.token_ids) for commands in self._arrived.values() for c in commands)
+        self.metrics.verified_positions.inc(num_positions)
+
+    def _draft(self, started_at_s: float) -> None:
+        blocks = self._model.draft(self._rounds)
+        elapsed = self._clock() - started_at_s
+        for sequence, command in self._rounds.items():
+            drafts = tuple(blocks.get(sequence, ()))
+            block = DraftBlock(sequence.sequence_id, sequence.incarnation, command.round, drafts, elapsed)
+            self._peers[sequence.peer_id].events.append(block)
+            self.metrics.draft_tokens.inc(len(drafts))
+        self.metrics.blocks.inc(len(blocks))
+
+    # -------------------------------------------------------------- answers
+
+    def _deliver(self) -> bool:
+        """Hands each peer what this step has for it. A peer whose stream fails loses its sequences."""
+        has_events = False
+        for peer_id, peer in list(self._peers.items()):
+            if peer.num_credit_bytes:
+                peer.events.append(CreditGranted(peer.num_credit_bytes))
+                peer.num_credit_bytes = 0
+            if peer.events:
+                events, peer.events = peer.events, []
+                has_events = True
+                try:
+                    peer.deliver(events)
+                except Exception:
+                    _log.exception("peer %s takes no more events; disconnecting it", peer_id)
+                    self._disconnect(peer_id)
+        return has_events
+
+    def _reject(self, peer_id: str, sequence_id: str, incarnation: int, error: TandemError) -> None:
+        """Says that a life of a sequence is over, and makes it so."""
+        sequence = self._cache.get(peer_id, sequence_id) if isinstance(sequence_id, str) else None
+        if sequence is not None and sequence.incarnation == incarnation:
+            self._forget(sequence)
+        retryable = isinstance(error, Overloaded | Unavailable)
+        if (peer := self._peers.get(peer_id)) is not None:
+            peer.events.append(SequenceRejected(sequence_id, incarnation, str(error), retryable))
+        self.metrics.rejections.labels(str(retryable).lower()).inc()
+
+    def _give_up(self, sequence: DraftSequence, error: TandemError) -> None:
+        self._reject(sequence.peer_id, sequence.sequence_id, sequence.incarnation, error)
+
+    def _on_evict(self, sequence: DraftSequence, why: str) -> None:
+        self._give_up(sequence, Overloaded(why))
