@@ -69,6 +69,7 @@ def assemble_demo(primary_run: Path, drafter_run: Path, out: Path) -> dict[str, 
     with atomic_folder(out) as fresh:
         shutil.copytree(primary_run / "model", fresh / "primary")
         run = RunFolder(primary_run)
+        run.stamp(fresh / "primary")
         write_primary_card(fresh / "primary", run.read_provenance(), report["primary"], _run_s(run))
         run = RunFolder(drafter_run)
         for name, folder in folders.items():

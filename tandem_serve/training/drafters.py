@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tandem_serve.errors import ConfigError
-from tandem_serve.models.checkpoint import fingerprint, load_decoder, load_tokenizer, save_drafter
+from tandem_serve.models.checkpoint import atomic_folder, fingerprint, load_decoder, load_tokenizer, write_model
 from tandem_serve.models.decoder import Decoder, DecoderConfig, causal_attention
 from tandem_serve.models.tandem import TandemConfig, TandemDrafter, resolve_layer_map
 from tandem_serve.training.corpus import Document, corpus_hash
@@ -154,7 +154,9 @@ def train_drafters(
     loop.resume()
     loop.run()
     for kind, model in models.items():
-        save_drafter(model.to(torch.bfloat16), folder / kind, tokenizer_from=primary_folder)
+        with atomic_folder(folder / kind) as fresh:
+            write_model(model.to(torch.bfloat16), fresh, tokenizer_from=primary_folder)
+            run.stamp(fresh)
     return [folder / kind for kind in models]
 
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from tandem_serve.models.checkpoint import load_tokenizer, save_decoder
+from tandem_serve.models.checkpoint import atomic_folder, load_tokenizer, write_model
 from tandem_serve.models.decoder import Decoder, DecoderConfig, causal_attention
 from tandem_serve.training.corpus import Document, corpus_hash
 from tandem_serve.training.data import TokenWindows, encode_documents
@@ -92,7 +92,9 @@ def train_primary(
     loop = Trainer(task, trainer, run)
     loop.resume()
     loop.run()
-    save_decoder(decoder.to(torch.bfloat16), folder / "model", tokenizer_from=folder / "tokenizer")
+    with atomic_folder(folder / "model") as fresh:
+        write_model(decoder.to(torch.bfloat16), fresh, tokenizer_from=folder / "tokenizer")
+        run.stamp(fresh)
     return folder / "model"
 
 

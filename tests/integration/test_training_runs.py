@@ -88,7 +88,7 @@ def test_drafters_load_and_name_their_primary(primary_run: Path, drafter_run: Pa
 
 
 def test_provenance_says_how_it_was_made(primary_run: Path, drafter_run: Path) -> None:
-    for folder in (primary_run, drafter_run):
+    for folder in (primary_run / "model", drafter_run / "drafter", drafter_run / "plain-drafter"):
         record = RunFolder(folder).read_provenance()
         assert {"command", "git_commit", "python", "torch", "data_hash", "held_out", "num_steps"} <= record.keys()
         assert record["held_out"] and not {n for n in record["held_out"] if not n.endswith(".py")}

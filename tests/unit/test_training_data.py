@@ -39,6 +39,11 @@ def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
         read_documents(str(tmp_path))
 
 
+def test_a_source_that_is_nowhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no_such_place"):
+        read_documents("./no_such_place")
+
+
 def test_every_held_out_module_exists_in_this_interpreter() -> None:
     assert [name for name in STDLIB_HELD_OUT if not (stdlib_folder() / name).is_file()] == []
 
