@@ -34,7 +34,6 @@ from tandem_serve.types import (
 )
 
 DRAFT_METHOD = "/tandem.v1.DraftingService/Draft"
-CREDIT_SLACK_BYTES = 64 << 10  # overdraft that both ends allow, so that closing a sequence never waits for credit
 
 logger = logging.getLogger(__name__)
 
@@ -111,19 +110,19 @@ class GrpcDrafterLink:
 
     def credit_bytes(self) -> int:
         connection = self._connection
-        return max(0, connection.credit_bytes) if connection else 0
+        return connection.credit_bytes if connection else 0
 
     def send(self, commands: Sequence[DrafterCommand]) -> None:
         """Encodes and queues; see interfaces.DrafterLink.
 
-        Commands beyond the credit (and the slack for closing) are dropped and logged: the drafter would end the stream.
+        Commands beyond the credit are dropped and logged: the drafter would end the stream.
         """
         connection = self._connection
         if connection is None or not commands:
             return
         cost = sum(map(credit_cost_bytes, commands))
         with self._lock:
-            if connection.credit_bytes - cost < -CREDIT_SLACK_BYTES:
+            if cost > connection.credit_bytes:
                 logger.error("%s: %d bytes of commands dropped, beyond the credit", self._address, cost)
                 return
             connection.credit_bytes -= cost

@@ -19,7 +19,6 @@ from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import drafting_pb2
 from tandem_serve.rpc.convert_drafting import events_response, parse_commands
 from tandem_serve.rpc.convert_handshake import DrafterTerms, drafter_hello, parse_primary_hello
-from tandem_serve.rpc.drafting_client import CREDIT_SLACK_BYTES
 from tandem_serve.rpc.listening import Health, bind, server_options
 from tandem_serve.rpc.statuses import status_of
 from tandem_serve.types import CreditGranted, DraftEvent
@@ -192,7 +191,7 @@ class _Stream:
         parsed = parse_commands(message.commands, self._terms)
         with self._lock:
             self._credit_bytes -= parsed.cost_bytes
-            if self._credit_bytes < -CREDIT_SLACK_BYTES:
+            if self._credit_bytes < 0:
                 raise _Overdrawn(f"a message of {parsed.cost_bytes} bytes overdraws the credit")
         self._drafter.submit(self.peer_id, parsed.commands)
         if parsed.rejections:
