@@ -92,7 +92,7 @@ class Decoder(nn.Module):
     serving, [B, T] in training).
     """
 
-    rope: Tensor  # [positions, 2, 1, D]
+    rope: Tensor  # [positions, 2 * D], see rope_table; no buffer, because no cast may touch it
 
     def __init__(
         self, config: DecoderConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -104,7 +104,6 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(_Layer(c, **factory) for _ in range(c.num_layers))
         self.norm = nn.Parameter(torch.empty(c.hidden_size, **factory))
         self.head = None if c.tie_word_embeddings else nn.Parameter(torch.empty(c.hidden_size, c.vocab_size, **factory))
-        self.register_buffer("rope", torch.empty(0, **factory), persistent=False)
         self._normalise = RmsNorm(c.hidden_size, c.rms_norm_eps)
         self._normalise_head = RmsNorm(c.head_dim, c.rms_norm_eps)
         self._qk_v = (c.num_heads + c.num_kv_heads, c.num_kv_heads)
@@ -115,13 +114,12 @@ class Decoder(nn.Module):
 
     def _build_rope(self) -> None:
         c = self.config
-        if not self.norm.is_meta:
-            table = rope_table(c.rope, c.head_dim, c.max_position_embeddings, self.norm.device)
-            self.rope = table.to(self.norm.dtype)
+        table = rope_table(c.rope, c.head_dim, 0 if self.norm.is_meta else c.max_position_embeddings)
+        self.rope = table.to(self.norm.device, self.norm.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._build_rope()  # afresh: rounding the table to bf16 and back would lose positions
+        self._build_rope()  # afresh: rounded to bf16 and back it would lose positions
         return self
 
     @property
@@ -149,11 +147,12 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [...] int64 -> [..., d]."""
-        return F.embedding(token_ids, self.embedding)
+        return torch.embedding(self.embedding, token_ids)
 
     def rotation(self, positions: Tensor) -> Rotation:
         """RoPE's cos and sin of positions [...], gathered once and shared by all layers."""
-        return Rotation(*self.rope[positions].unbind(-3))
+        cos_sin = torch.embedding(self.rope, positions).view(*positions.shape, 2, 1, self.config.head_dim)
+        return Rotation(*cos_sin.unbind(-3))
 
     def run_layers(
         self,
@@ -163,7 +162,7 @@ class Decoder(nn.Module):
         taps: Sequence[int] = (),
     ) -> DecoderOutput:
         """All layers and the final norm. Tap j is layer j's raw output: 0 the input x, L the last before the norm."""
-        normalise = self._normalise
+        normalise, by_head = self._normalise, (*x.shape[:-1], -1, self.config.head_dim)
         cos, sin = self.rotation(positions)
         states = {}
         for index, w in enumerate(self.layer_weights):
@@ -174,24 +173,22 @@ class Decoder(nn.Module):
                 qkv = qkv + w["qkv_bias"]
             if cos.dtype is not qkv.dtype:  # autocast
                 cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
-            q, k, v = self._split_and_rotate(qkv, w, cos, sin)
-            mixed = attend(index, q, k, v) @ w["output"]
+            qk, v = qkv.view(by_head).split_with_sizes(self._qk_v, -2)
+            if w["q_norm"] is not None and w["k_norm"] is not None:
+                qk = self._normalise_heads(qk, w["q_norm"], w["k_norm"])
+            q, k = rotate(qk, cos, sin).split_with_sizes(self._q_k, -2)
+            x = add_product(x, attend(index, q, k, v), w["output"])
             if w["output_bias"] is not None:
-                mixed = mixed + w["output_bias"]
-            x = x + mixed
+                x = x + w["output_bias"]
             gate, up = (normalise(x, w["mlp_norm"]) @ w["gate_up"]).split_with_sizes(self._gate_up, -1)
-            x = x + (F.silu(gate) * up) @ w["down"]
+            x = add_product(x, F.silu(gate) * up, w["down"])
         states[len(self.layer_weights)] = x
         return DecoderOutput(normalise(x, self.norm), [states[tap] for tap in taps])
 
-    def _split_and_rotate(self, qkv: Tensor, w: LayerWeights, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        """qkv [..., (H + 2 * Hkv) * D] -> q, k, v by head; q and k normalised (Qwen3) and rotated, together."""
-        qk, v = qkv.view(*qkv.shape[:-1], -1, self.config.head_dim).split_with_sizes(self._qk_v, -2)
-        if w["q_norm"] is not None and w["k_norm"] is not None:
-            q, k = qk.split_with_sizes(self._q_k, -2)
-            qk = torch.cat((self._normalise_head(q, w["q_norm"]), self._normalise_head(k, w["k_norm"])), -2)
-        q, k = rotate(qk, cos, sin).split_with_sizes(self._q_k, -2)
-        return q, k, v
+    def _normalise_heads(self, qk: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
+        """Qwen3: every head of q and k [..., H + Hkv, D] has its own RMSNorm before it is rotated."""
+        q, k = qk.split_with_sizes(self._q_k, -2)
+        return torch.cat((self._normalise_head(q, q_norm), self._normalise_head(k, k_norm)), -2)
 
     def keys_values(self, index: int, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """What layer `index` would cache for an input x [..., d]: k and v [..., Hkv, D], k rotated."""
@@ -211,6 +208,13 @@ class Decoder(nn.Module):
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, taps: Sequence[int] = ()) -> DecoderOutput:
         """Token ids and positions [...] to hidden states and taps. Call `logits` on the rows you need."""
         return self.run_layers(self.embed(token_ids), positions, attend, taps)
+
+    __call__ = forward  # typed, and without nn.Module's hooks, whose check costs a small model's step 15 us
+
+
+def add_product(x: Tensor, a: Tensor, matrix: Tensor) -> Tensor:
+    """x + a @ matrix; in one kernel for the flat [N, d] of serving. (Autocast would round x there: [B, T, d] only.)"""
+    return torch.addmm(x, a, matrix) if x.dim() == 2 else x + a @ matrix
 
 
 def causal_attention(config: DecoderConfig, num_tokens: int, device: torch.device | str = "cpu") -> Attend:

@@ -25,11 +25,14 @@ class RmsNorm:
 
     def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x [..., width] -> the same shape and dtype."""
+        if x.dtype is torch.float32 and x.is_cpu:
+            return self._float32_on_cpu(x, weight)
         if not x.is_cpu:
             return F.rms_norm(x, self._shape, weight, self._eps)
-        wide = x if x.dtype is torch.float32 else x.float()
-        length = torch.linalg.vector_norm(wide, 2, -1, True)
-        unit = torch.addcdiv(self._zero, wide, torch.hypot(length, self._floor), value=self._scale)
-        if x.dtype is not torch.float32:
-            unit = unit.to(x.dtype)
+        unit = self._float32_on_cpu(x.float(), None).to(x.dtype)
+        return unit if weight is None else unit * weight
+
+    def _float32_on_cpu(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        divisor = torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), self._floor)
+        unit = torch.addcdiv(self._zero, x, divisor, value=self._scale)
         return unit if weight is None else unit * weight

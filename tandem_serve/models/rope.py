@@ -65,16 +65,16 @@ class RopeConfig:
         return {"rope_theta": self.theta, "rope_scaling": None if self.rope_type == "default" else dict(self.scaling)}
 
 
-def rope_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device | str) -> Tensor:
-    """cos and sin for every position, [num_positions, 2, 1, head_dim] float32.
+def rope_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
+    """cos and sin for every position, [num_positions, 2 * head_dim] float32 on the CPU: D cosines, then D sines.
 
     The sines of the first half are negated, so that `rotate` needs no rotate_half. Positions beyond the table are the
     caller's mistake (an index error): a sequence never grows past max_position_embeddings.
     """
     inverse, factor = _FREQUENCIES[rope.rope_type](rope, head_dim)
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inverse).to(device)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inverse)
     cos, sin = angles.cos() * factor, angles.sin() * factor
-    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1).unsqueeze(2)
+    return torch.cat((cos, cos, -sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def test_whatever_config_json_holds_it_is_read_or_refused(
         assert str(error)
     else:
         assert DecoderConfig.from_hf(config.to_hf()) == config
-        assert rope_table(config.rope, config.head_dim, 4, "cpu").isfinite().all()
+        assert rope_table(config.rope, config.head_dim, 4).isfinite().all()
 
 
 @pytest.mark.parametrize(
