@@ -1,0 +1,76 @@
+"""Benchmarks on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def print_decode(figures: dict[str, Any]) -> None:
+    """The document of run_decode as a table and a line a ratio."""
+    options = figures["options"]
+    title = f"Decoding, batch 1, block length {options['block_length']}, temperature {options['temperature']:g}"
+    title += f", {options['transport']} drafter"
+    if figures["inflated"]:
+        size = figures["primary_parameters_inflated"] / 1e6
+        title += f"\nprimary inflated {options['inflate']}x to {size:.0f} M parameters: deeper, same outputs"
+    table = _table(title, "mode", "tokens/s", "p10-p90", "accepted", "by position", "draft", "verify", "= plain")
+    for name, mode in figures["modes"].items():
+        same = mode["identical_prompts"]
+        table.add_row(
+            name,
+            f"{mode['tokens_per_s']:.1f}",
+            f"{mode['tokens_per_s_p10']:.0f}-{mode['tokens_per_s_p90']:.0f}",
+            f"{mode['accepted_per_block']:.2f}" if mode["num_drafts"] else "",
+            " ".join(f"{share:.2f}".lstrip("0") for share in mode["accepted_per_position"]),
+            f"{mode['draft_ms']:.2f} ms" if mode["num_drafts"] else "",
+            f"{mode['verify_ms']:.2f} ms",
+            "" if same is None else f"{same}/{figures['num_prompts']}",
+        )
+    console = Console()
+    console.print(table)
+    for name, ratio in figures["ratios"].items():
+        spread = ", ".join(f"{key} {value:.2f}" for key, value in figures["ratio_spread"][name].items())
+        console.print(f"{name}: [bold]{ratio:.2f}x[/] (by prompt: {spread})")
+
+
+def print_steps(figures: dict[str, Any]) -> None:
+    """The document of `bench steps` as a table."""
+    columns = [f"{who} {dtype}" for who in ("lean", "transformers") for dtype in ("float32", "bfloat16")]
+    table = _table("One-token step, batch 1, one thread", "model", *columns, "ratio")
+    for name, found in figures["models"].items():
+        ms = [found["step_ms"][who][dtype] for who, dtype in (column.split() for column in columns)]
+        table.add_row(name, *(f"{value:.2f} ms" for value in ms), f"{found['ratio']:.2f}x")
+    Console().print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+class ProgressBar:
+    """A progress bar whose length is known late."""
+
+    def __init__(self, what: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, transient=True)
+        self._task = self._progress.add_task(what, total=None)
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def expect(self, total: int) -> Callable[[], None]:
+        """Sets the length; call what it returns after each piece."""
+        self._progress.update(self._task, total=total)
+        return lambda: self._progress.advance(self._task)

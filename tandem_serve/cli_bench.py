@@ -1,0 +1,123 @@
+"""`tandem-serve bench`: what it costs and what it gains, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, help="Measure: every claim a ratio within one run, on text nothing was trained on."
+)
+
+
+class Transport(StrEnum):
+    LOCAL = "local"
+    GRPC = "grpc"
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+PairOption = Annotated[str, typer.Option(help="`demo`, or a folder that holds primary/, drafter/ and plain-drafter/.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")]
+
+
+@app.command()
+def decode(
+    pair: PairOption = "demo",
+    prompts: Annotated[
+        str, typer.Option(help="A JSONL file, or `heldout`: what the pair was not trained on.")
+    ] = "heldout",
+    field: Annotated[str, typer.Option(help="Which key of a JSONL line is the prompt.")] = "prompt",
+    limit: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 40,
+    modes: Annotated[str, typer.Option(help="Of plain, plain-drafter, tandem.")] = "plain,plain-drafter,tandem",
+    block_length: Annotated[int, typer.Option(min=1, max=32, help="Drafts a round.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a completion.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy; else seeded by prompt.")] = 0.0,
+    transport: Annotated[
+        Transport, typer.Option(help="grpc: the drafter in a process and on a core of its own.")
+    ] = Transport.LOCAL,
+    inflate: Annotated[
+        int, typer.Option(min=1, max=64, help="Make the primary so many times as deep, same outputs.")
+    ] = 1,
+    primary_dtype: Dtype = Dtype.FLOAT32,
+    drafter_dtype: Dtype = Dtype.FLOAT32,
+    num_threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
+    json_file: JsonOption = None,
+) -> None:
+    """Plain, plain-drafter and tandem decoding at batch 1, interleaved prompt by prompt.
+
+    tokens/s leaves out the prompt's own pass: first token to last. Only float32 promises tokens identical to plain.
+    """
+    from tandem_serve.bench.run_decode import DRAFTER_FOLDERS, DecodeOptions, run_decode
+    from tandem_serve.bench.tables import ProgressBar, print_decode
+    from tandem_serve.cli_errors import reported
+    from tandem_serve.models.pairs import pair_folder
+
+    chosen = tuple(name.strip() for name in modes.split(","))
+    if unknown := sorted({*chosen} - {"plain", *DRAFTER_FOLDERS}):
+        raise typer.BadParameter(
+            f"unknown: {', '.join(unknown)}; known: plain, plain-drafter, tandem", param_hint="--modes"
+        )
+    with reported():
+        options = DecodeOptions(
+            pair=pair_folder(pair),
+            prompts=prompts,
+            field=field,
+            limit=limit,
+            modes=chosen,
+            block_length=block_length,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            transport=transport.value,
+            inflate=inflate,
+            primary_dtype=primary_dtype.value,
+            drafter_dtype=drafter_dtype.value,
+            num_threads=num_threads,
+        )
+        with ProgressBar("decoding") as bar:
+            figures = run_decode(options, bar.expect)
+    print_decode(figures)
+    _write(json_file, figures)
+
+
+@app.command()
+def steps(
+    pair: PairOption = "demo",
+    context: Annotated[int, typer.Option(min=1, help="Positions in the cache.")] = 256,
+    count: Annotated[int, typer.Option(min=10, help="Steps of each.")] = 200,
+    json_file: JsonOption = None,
+) -> None:
+    """One-token steps of the lean decoder against transformers', batch 1, one thread, same weights."""
+    import torch
+
+    from tandem_serve.bench.run_decode import provenance
+    from tandem_serve.bench.steps import measure_steps
+    from tandem_serve.bench.tables import print_steps
+    from tandem_serve.cli_errors import reported
+    from tandem_serve.models.pairs import pair_folder
+
+    torch.set_num_threads(1)
+    with reported():
+        folder = pair_folder(pair)
+        figures: dict[str, Any] = {
+            "models": measure_steps(
+                {"primary": folder / "primary", "drafter": folder / "plain-drafter"}, context, count
+            ),
+            "context": context,
+            "provenance": provenance(),
+        }
+    print_steps(figures)
+    _write(json_file, figures)
+
+
+def _write(file: Path | None, figures: dict[str, Any]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
