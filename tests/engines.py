@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,9 +28,19 @@ from tandem_serve.types import (
     TokenLogprob,
 )
 from tests.checkpoints import CONFIG, make_drafter, make_plain_drafter, make_primary
+from tests.scripted_link import Clock
 
 GREEDY = SamplingParams(temperature=0.0)
 
+
+FAMILIES: dict[str, DecoderConfig] = {
+    "llama": CONFIG,
+    "mistral, window 5": replace(CONFIG, model_type="mistral", sliding_windows=(5,) * 3),
+    "qwen2": replace(CONFIG, model_type="qwen2", attention_bias=True),
+    "qwen3, one layer of three sliding": replace(
+        CONFIG, model_type="qwen3", qk_norm=True, sliding_windows=(None, None, 4)
+    ),
+}
 
 _folder = TemporaryDirectory(prefix="tandem-test-")  # removed at exit
 _primaries: dict[str, tuple[Decoder, PrimaryInfo, Path]] = {}
@@ -141,3 +151,10 @@ def make_drafter_engine(
     """A drafter engine on a tiny model. `options` go to DrafterEngine."""
     drafter, info = tiny_drafter(kind, model)
     return DrafterEngine(drafter, info, config or DrafterEngineConfig(), **options)  # type: ignore[arg-type]
+
+
+def drive(engine: TorchPrimary, clock: Clock) -> None:
+    """Steps until every request has finished; when nothing can be done, a second passes."""
+    while engine.has_work:
+        if not engine.step():
+            clock.now_s += 1.0

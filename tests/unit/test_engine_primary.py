@@ -12,20 +12,11 @@ from hypothesis import strategies as st
 from tandem_serve.config import PrimaryEngineConfig
 from tandem_serve.engine.canonical import canonical_logits
 from tandem_serve.errors import InvalidRequest, Overloaded, TandemError, Unavailable
-from tandem_serve.models.decoder import DecoderConfig
 from tandem_serve.types import FinishReason, GenerationStep, SamplingParams
-from tests.checkpoints import CONFIG, VOCAB_SIZE
-from tests.engines import GREEDY, Output, a_request, generate, make_engine, reference_tokens, tiny_primary
+from tests.checkpoints import VOCAB_SIZE
+from tests.engines import FAMILIES, GREEDY, Output, a_request, generate, make_engine, reference_tokens, tiny_primary
 
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, seed=7)
-FAMILIES: dict[str, DecoderConfig] = {
-    "llama": CONFIG,
-    "mistral, window 5": replace(CONFIG, model_type="mistral", sliding_windows=(5,) * 3),
-    "qwen2": replace(CONFIG, model_type="qwen2", attention_bias=True),
-    "qwen3, one layer of three sliding": replace(
-        CONFIG, model_type="qwen3", qk_norm=True, sliding_windows=(None, None, 4)
-    ),
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
