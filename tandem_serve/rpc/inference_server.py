@@ -7,7 +7,9 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2
 
+from tandem_serve.errors import Unavailable
 from tandem_serve.interfaces import TextService
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import inference_pb2
@@ -33,6 +35,17 @@ async def generate(
 async def list_models(service: TextService) -> inference_pb2.ListModelsResponse:
     """The ListModels method."""
     return list_models_response(await service.models())
+
+
+async def check(service: TextService, message: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse:
+    """grpc.health.v1's Check method for Ray Serve's ingress, which has no health servicer of its own."""
+    if message.service not in ("", SERVICE):
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+    try:
+        await service.models()
+    except Unavailable:
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+    return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
 
 class InferenceServer:

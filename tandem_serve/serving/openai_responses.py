@@ -2,7 +2,7 @@
 
 Beyond them a response may carry vLLM's fields: `metrics.speculative_decoding` beside `usage`, and with
 `return_token_ids` each choice's `token_ids`, here with `num_accepted_tokens` and `num_accepted_chars`, which tell
-drafted text from the primary's own.
+drafted text from the primary's own, and `num_draft_tokens`.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ class Responses(ABC):
             return {}
         fields: dict[str, Any] = {"token_ids": [token_id for delta in deltas for token_id in delta.token_ids]}
         fields["num_accepted_tokens"] = sum(delta.num_accepted_tokens for delta in deltas)
+        fields["num_draft_tokens"] = sum(delta.num_draft_tokens for delta in deltas)
         fields["num_accepted_chars"] = sum(delta.num_accepted_chars for delta in deltas)
         return fields
 

@@ -1,0 +1,32 @@
+"""The command line. Sub-commands import what they need when they run, so that --help is quick."""
+
+from __future__ import annotations
+
+import typer
+
+from tandem_serve import cli_bench, cli_complete, cli_serve, cli_train
+
+app = typer.Typer(
+    name="tandem-serve",
+    help="Serve large language models with tandem speculative decoding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command("up")(cli_serve.up)
+app.command("status")(cli_serve.status)
+app.command("complete")(cli_complete.complete)
+app.command("build")(cli_serve.build)
+app.command("primary", rich_help_panel="Plain processes, without Ray")(cli_serve.primary)
+app.command("drafter", rich_help_panel="Plain processes, without Ray")(cli_serve.drafter)
+app.command("router", rich_help_panel="Plain processes, without Ray")(cli_serve.router)
+app.add_typer(cli_train.app, name="train")
+app.add_typer(cli_bench.app, name="bench")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A whole cluster on this machine: local Ray, three applications, and nothing left when it goes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tandem_serve.config import ClusterConfig, ReplicaResources
+from tandem_serve.errors import ConfigError, Unavailable
+
+if TYPE_CHECKING:
+    from tandem_serve.serving.app import ClusterApplication
+
+HEALTHY_TIMEOUT_S = 120.0
+_OBJECT_STORE_BYTES = 128 << 20  # Ray's is hardly used: tokens and representations travel elsewhere
+
+# Before ray is imported. Set only where the user has not: Ray's workers would otherwise run at nice 15, where any other
+# work on the machine starves them.
+_RAY_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where a cluster listens."""
+
+    http: str  # http://host:port
+    grpc: str  # host:port
+
+
+@contextmanager
+def local_cluster(config: ClusterConfig, progress: Progress) -> Iterator[Endpoints]:
+    """Starts the cluster and yields once it answers; drains and ends it, and every process of it, on the way out.
+
+    Node labels that pools ask for are ignored: here there is one node.
+
+    Raises:
+        ConfigError: models that do not fit together, a port that is taken, replicas that do not come up.
+        CheckpointError: a model that cannot be loaded.
+    """
+    config = _on_one_node(config)
+    check_models(config)
+    endpoints = Endpoints(
+        http=f"http://{config.router.host}:{config.router.http_port}",
+        grpc=f"{config.router.host}:{config.router.grpc_port}",
+    )
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    progress("starting Ray")
+    import ray
+
+    from tandem_serve.serving import app
+
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init(
+        num_cpus=_num_cpus(config),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    try:
+        signal.signal(signal.SIGTERM, before)  # ray puts in one of its own, which leaves without draining
+        _deploy(config, app.applications(config), progress)
+        progress("waiting for the first primary")
+        _wait_until_healthy(endpoints.http)
+        yield endpoints
+    finally:
+        progress("draining")
+        _shut_down(config)
+
+
+def check_models(config: ClusterConfig) -> None:
+    """Finds out before anything is started whether the models load and belong together. Reads no weights in full."""
+    from tandem_serve.models.checkpoint import drafter_info, primary_info
+    from tandem_serve.types import mismatches
+
+    primary = primary_info(config.primary.model)
+    if config.drafter.num_replicas:
+        drafter = drafter_info(config.drafter.model, max_block_length=config.drafter.engine.max_block_length)
+        if found := mismatches(primary, drafter):
+            raise ConfigError(f"drafter {config.drafter.model} was not made for this primary: {'; '.join(found)}")
+
+
+def _on_one_node(config: ClusterConfig) -> ClusterConfig:
+    """The same cluster with free ports for those given as 0, and without node labels. Raises ConfigError."""
+    router = config.router
+    ports = {
+        "http_port": _free_port("router.http_port", router.host, router.http_port),
+        "grpc_port": _free_port("router.grpc_port", router.host, router.grpc_port),
+    }
+
+    def unlabelled(resources: ReplicaResources) -> ReplicaResources:
+        return resources.model_copy(update={"label_selector": {}})
+
+    return config.model_copy(
+        update={
+            "primary": config.primary.model_copy(update={"resources": unlabelled(config.primary.resources)}),
+            "drafter": config.drafter.model_copy(update={"resources": unlabelled(config.drafter.resources)}),
+            "router": router.model_copy(update={**ports, "resources": unlabelled(router.resources)}),
+        }
+    )
+
+
+def _free_port(field: str, host: str, port: int) -> int:
+    """The port itself, or any free one for 0. Serve would report a taken one minutes later, from another process."""
+    try:
+        with socket.create_server((host, port)) as listener:
+            return int(listener.getsockname()[1])
+    except OSError as error:
+        reason = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror or error}"
+        raise ConfigError(f"{field}: port {port} on {host} {reason}") from error
+
+
+def _num_cpus(config: ClusterConfig) -> int:
+    """Ray only counts CPUs: on a small machine replicas share them, so it is told of as many as they ask for."""
+
+    def wanted(resources: ReplicaResources, num_replicas: int) -> float:
+        return resources.num_cpus * num_replicas
+
+    pools = (config.primary, config.drafter, config.router)
+    total = sum(wanted(pool.resources, pool.num_replicas) for pool in pools)
+    return max(os.cpu_count() or 1, int(total) + 2)
+
+
+def _deploy(config: ClusterConfig, applications: list[ClusterApplication], progress: Progress) -> None:
+    from ray import serve
+
+    from tandem_serve.serving import app
+
+    progress("starting Ray Serve")
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options=app.http_options(config.router),
+        grpc_options=app.grpc_options(config.router),
+    )
+    progress("loading the models")
+    targets = [
+        serve.RunTarget(application.build(), name=application.name, route_prefix=application.route_prefix)
+        for application in applications
+    ]
+    try:
+        serve.run_many(targets)
+    except RuntimeError as error:
+        raise ConfigError(f"the cluster did not come up: {error}") from error
+
+
+def _wait_until_healthy(url: str) -> None:
+    deadline = time.monotonic() + HEALTHY_TIMEOUT_S
+    reason = ""
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            reason = str(error)
+        time.sleep(0.1)
+    raise Unavailable(f"{url}/health did not answer within {HEALTHY_TIMEOUT_S:.0f} s: {reason}")
+
+
+def _shut_down(config: ClusterConfig) -> None:
+    """The router first: it takes nothing new and ends what runs, for which it needs the pools."""
+    import ray
+    from ray import serve
+
+    try:
+        serve.delete(config.name)
+        serve.shutdown()  # type: ignore[no-untyped-call]
+    finally:
+        ray.shutdown()

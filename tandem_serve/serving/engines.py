@@ -1,0 +1,39 @@
+"""Engines from a pool's configuration: checkpoint in, running engine out."""
+
+from __future__ import annotations
+
+import torch
+
+from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig
+from tandem_serve.decoding.block_policy import BlockPolicy
+from tandem_serve.engine.async_primary import AsyncPrimary
+from tandem_serve.engine.drafter import DrafterEngine
+from tandem_serve.engine.torch_primary import TorchPrimary
+from tandem_serve.interfaces import LinkFactory
+from tandem_serve.models.checkpoint import drafter_info, load_decoder, load_drafter, primary_info
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_primary(
+    model: str,
+    config: PrimaryEngineConfig,
+    *,
+    link_factory: LinkFactory | None = None,
+    policy: BlockPolicy | None = None,
+) -> AsyncPrimary:
+    """A primary, not yet started. No sequence may be longer than the whole KV budget, so that any can be served.
+
+    Raises:
+        CheckpointError: what is wrong with the model.
+    """
+    longest = min(config.max_model_len or config.kv_cache_tokens, config.kv_cache_tokens)
+    info = primary_info(model, max_model_len=longest)
+    decoder = load_decoder(model, dtype=_DTYPES[config.dtype], device=config.device)
+    return AsyncPrimary(TorchPrimary(decoder, info, config, link_factory=link_factory, policy=policy))
+
+
+def build_drafter(model: str, config: DrafterEngineConfig) -> DrafterEngine:
+    """A drafter, tandem or plain, not yet started. Raises CheckpointError."""
+    info = drafter_info(model, max_block_length=config.max_block_length)
+    return DrafterEngine(load_drafter(model, dtype=_DTYPES[config.dtype], device=config.device), info, config)

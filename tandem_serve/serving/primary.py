@@ -1,0 +1,67 @@
+"""The primary replica: an engine and its links to drafters. Serve's deployment and the plain process share it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+
+import torch
+
+from tandem_serve.config import PrimaryEngineConfig
+from tandem_serve.decoding.block_policy import FixedBlockLength
+from tandem_serve.rpc.drafting_client import GrpcLinkFactory
+from tandem_serve.serving.engines import build_primary
+from tandem_serve.serving.validation import MAX_BLOCK_LENGTH
+from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
+
+
+class AdjustableBlockLength:
+    """A BlockPolicy whose default can be changed while it is in use."""
+
+    def __init__(self, default: int) -> None:
+        self.set_default(default)
+
+    def set_default(self, default: int) -> None:
+        self._policy = FixedBlockLength(default, MAX_BLOCK_LENGTH)
+
+    def block_length(self, requested: int | None, num_requests_running: int) -> int:
+        return self._policy.block_length(requested, num_requests_running)
+
+
+class PrimaryReplica:
+    """Runs from construction to `close`. The methods that Serve calls by handle are interfaces.Primary's.
+
+    `replica_id` is for discovery.DiscoveryRouter alone, which has acted on it by the time a call arrives.
+    """
+
+    def __init__(self, model: str, config: PrimaryEngineConfig, *, num_threads: int = 1) -> None:
+        """Loads the model and starts the engine. Raises CheckpointError."""
+        torch.set_num_threads(num_threads)
+        self._block_length = AdjustableBlockLength(config.block_length)
+        self._primary = build_primary(model, config, link_factory=GrpcLinkFactory(), policy=self._block_length)
+        self._primary.start()
+
+    async def info(self, replica_id: str | None = None) -> PrimaryInfo:
+        return await self._primary.info()
+
+    async def status(self, replica_id: str | None = None) -> PrimaryStatus:
+        return await self._primary.status()
+
+    async def generate(
+        self, request: GenerationRequest, replica_id: str | None = None
+    ) -> AsyncGenerator[GenerationStep, None]:
+        async with aclosing(self._primary.generate(request)) as steps:
+            async for step in steps:
+                yield step
+
+    def set_drafters(self, addresses: Iterable[str]) -> None:
+        """The drafters to link to. Any thread."""
+        self._primary.set_drafters(addresses)
+
+    def set_block_length(self, default: int) -> None:
+        """Drafts a round where a request does not say."""
+        self._block_length.set_default(default)
+
+    async def close(self, drain_timeout_s: float) -> None:
+        """Takes nothing new, gives what runs the time to finish, aborts the rest."""
+        await self._primary.close(drain_timeout_s)
