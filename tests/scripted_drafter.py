@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -59,9 +60,10 @@ def extended(
     token_ids: tuple[int, ...] = (1, 2, 3),
     next_token_id: int | None = 10,
     block_length: int = 4,
+    drafter: DrafterInfo = DRAFTER,
 ) -> ExtendSequence:
-    count = len(token_ids)
-    values = torch.arange(count * 16, dtype=torch.float32).view(count, 2, 8) / 8  # exact in bfloat16 while small
+    shape = (len(token_ids), len(drafter.taps), drafter.primary_hidden_size)
+    values = torch.arange(math.prod(shape), dtype=torch.float32).view(shape) / 8  # exact in bfloat16 while small
     return ExtendSequence(
         sequence_id, incarnation, round_, start_position, token_ids, values, next_token_id, block_length
     )
