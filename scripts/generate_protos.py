@@ -49,6 +49,8 @@ def generate() -> dict[Path, str]:
 def _rewrite(text: str) -> str:
     text = re.sub(r"\bfrom tandem\b", f"from {PACKAGE}.tandem", text)
     text = re.sub(r"\bimport tandem\.v1\.(\w+)", rf"from {PACKAGE}.tandem.v1 import \1", text)
+    # What a message says its module is: pickle looks there (Ray Serve's proxy hands messages to replicas pickled).
+    text = re.sub(r"'tandem\.v1\.(\w+_pb2)'", rf"'{PACKAGE}.tandem.v1.\1'", text)
     return text
 
 
