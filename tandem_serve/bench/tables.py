@@ -31,11 +31,32 @@ def print_decode(figures: dict[str, Any]) -> None:
             f"{mode['verify_ms']:.2f} ms",
             "" if same is None else f"{same}/{figures['num_prompts']}",
         )
-    console = Console()
-    console.print(table)
+    Console().print(table)
+    _print_ratios(figures)
+
+
+def print_cluster(figures: dict[str, Any]) -> None:
+    """The document of measure_cluster as a table."""
+    title = "Held-out prompts over HTTP, one at a time, greedy"
+    table = _table(title, "mode", "tokens/s", "p10-p90", "accepted a block", "tokens a pass", "first token", "= plain")
+    for name, mode in figures["modes"].items():
+        table.add_row(
+            name,
+            f"{mode['tokens_per_s']:.1f}",
+            f"{mode['tokens_per_s_p10']:.0f}-{mode['tokens_per_s_p90']:.0f}",
+            f"{mode['accepted_per_block']:.2f}" if mode["num_drafts"] else "",
+            f"{mode['mean_acceptance_length']:.2f}",
+            f"{mode['time_to_first_token_ms']:.0f} ms",
+            f"{mode['identical_prompts']}/{figures['num_prompts']}",
+        )
+    Console().print(table)
+    _print_ratios(figures)
+
+
+def _print_ratios(figures: dict[str, Any]) -> None:
     for name, ratio in figures["ratios"].items():
         spread = ", ".join(f"{key} {value:.2f}" for key, value in figures["ratio_spread"][name].items())
-        console.print(f"{name}: [bold]{ratio:.2f}x[/] (by prompt: {spread})")
+        Console().print(f"{name}: [bold]{ratio:.2f}x[/] (by prompt: {spread})")
 
 
 def print_steps(figures: dict[str, Any]) -> None:

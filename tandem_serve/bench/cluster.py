@@ -1,0 +1,65 @@
+"""Plain against tandem decoding as a client of a running cluster sees them: over HTTP, one request at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import openai
+
+from tandem_serve.bench.summary import PromptRun, ratio_spread, ratios, summarize
+from tandem_serve.types import GenerationStep
+
+# Drafts a round asked of the cluster; None is its own default.
+_MODES: dict[str, int | None] = {"plain": 0, "tandem": None}
+
+
+def measure_cluster(
+    url: str, prompts: Sequence[tuple[int, ...]], max_tokens: int, done: Callable[[], None]
+) -> dict[str, Any]:
+    """Completes every prompt greedily in both modes, turn about. Returns "modes" and the ratios as bench decode does.
+
+    The first prompt is completed once in each mode before anything is timed.
+    """
+    runs: dict[str, list[PromptRun]] = {name: [] for name in _MODES}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        for turn in range(-1, len(prompts)):
+            names = list(_MODES) if turn % 2 else list(reversed(_MODES))
+            for name in names:
+                run = _complete(client, prompts[max(turn, 0)], max_tokens, _MODES[name])
+                if turn >= 0:
+                    runs[name].append(run)
+                    done()
+    return {
+        "modes": {name: summarize(of_mode, runs["plain"]) for name, of_mode in runs.items()},
+        "ratios": ratios(runs),
+        "ratio_spread": ratio_spread(runs),
+        "num_prompts": len(prompts),
+    }
+
+
+def _complete(client: openai.OpenAI, prompt: tuple[int, ...], max_tokens: int, block_length: int | None) -> PromptRun:
+    started = time.perf_counter()
+    steps: list[GenerationStep] = []
+    times: list[float] = []
+    for chunk in client.completions.create(
+        model="",
+        prompt=list(prompt),
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"return_token_ids": True, "block_length": block_length},
+    ):
+        extra = chunk.choices[0].model_extra or {}
+        times.append(time.perf_counter())
+        steps.append(
+            GenerationStep("demo", tuple(extra["token_ids"]), extra["num_accepted_tokens"], extra["num_draft_tokens"])
+        )
+    return PromptRun(
+        steps=tuple(steps),
+        first_token_s=times[0] - started,
+        decode_s=times[-1] - times[0],
+        draft_s=(),
+        verify_s=(),
+    )
