@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,9 +76,8 @@ class DrafterTask:
         self._device = device
         tandem = models.get(TANDEM)
         self._taps = tandem.taps if isinstance(tandem, TandemDrafter) else ()
-        compiled: Callable[[Any], Any] = torch.compile if identity["compile"] else lambda function: function
-        self._view = compiled(self._run_primary)
-        self._loss = {name: compiled(self._loss_function(model)) for name, model in models.items()}
+        # Only the primary: half of a step is its pass, and drafters take longer to compile than compiling them saves.
+        self._view = torch.compile(self._run_primary) if identity["compile"] else self._run_primary
 
     def losses(self, step: int, num_steps: int) -> dict[str, Tensor]:
         batch = self._windows.batch(step).to(self._device)
@@ -88,7 +87,11 @@ class DrafterTask:
         blocks = block_index(step, token_ids.shape[1], self._config.block_lengths, self._windows.seed)
         distils = step >= self._config.cross_entropy_share * num_steps
         weight = self._config.distillation_weight if distils else 0.0
-        return {name: f(token_ids, targets, view, blocks.to(self._device), weight) for name, f in self._loss.items()}
+        losses = {}
+        for name, drafter in self._drafters.items():
+            logits = drafter_logits(drafter, token_ids, view.representations, blocks.to(self._device))
+            losses[name] = distillation_loss(logits, targets, view.probabilities, weight)
+        return losses
 
     def _run_primary(self, token_ids: Tensor) -> PrimaryView:
         num_tokens = token_ids.shape[1]
@@ -97,15 +100,6 @@ class DrafterTask:
         hidden, taps = self._primary(token_ids, positions, attend, self._taps)
         representations = torch.stack(taps, -2) if taps else hidden.new_zeros(*hidden.shape[:2], 0, hidden.shape[-1])
         return PrimaryView(representations, self._primary.logits(hidden).float().softmax(-1))
-
-    @staticmethod
-    def _loss_function(model: TandemDrafter | Decoder) -> Callable[..., Tensor]:
-        def loss(token_ids: Tensor, targets: Tensor, view: PrimaryView, blocks: Tensor, weight: float) -> Tensor:
-            return distillation_loss(
-                drafter_logits(model, token_ids, view.representations, blocks), targets, view.probabilities, weight
-            )
-
-        return loss
 
 
 def drafter_logits(
@@ -221,8 +215,9 @@ def sample_texts(
     """
     random = np.random.default_rng((seed, 2))
     pieces = []
-    for batch in range(max(1, num_tokens // (length * _SAMPLED_BATCH))):
-        starts = random.integers(0, len(corpus) - _SAMPLED_PROMPT, _SAMPLED_BATCH)
+    num_texts = max(1, num_tokens // length)
+    for batch, first in enumerate(range(0, num_texts, _SAMPLED_BATCH)):
+        starts = random.integers(0, len(corpus) - _SAMPLED_PROMPT, min(_SAMPLED_BATCH, num_texts - first))
         prompts = torch.from_numpy(np.stack([corpus[s : s + _SAMPLED_PROMPT] for s in starts]).astype(np.int64))
         temperature = 0.8 if batch % 2 else 0.0
         texts = continuations(

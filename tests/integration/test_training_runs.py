@@ -20,6 +20,7 @@ from tandem_serve.training.run_folder import RunFolder
 _SHAPE = ["--layers", "2", "--hidden-size", "32", "--intermediate-size", "64", "--heads", "2", "--kv-heads", "1"]
 _BATCH = ["--sequence-length", "32", "--batch-size", "4", "--threads", "1", "--precision", "fp32", "--quiet"]
 _STEP_TOKENS = 4 * 32
+_DRAFTER_TOKENS = ["--tokens", str(41 * _STEP_TOKENS), "--sampled-tokens", "2k"]
 
 
 def _command(kind: str, *arguments: str | Path) -> list[str]:
@@ -54,8 +55,8 @@ def primary_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def drafter_run(corpus: Path, primary_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("drafters")
-    tokens = 41 * _STEP_TOKENS
-    _run("drafter", "--data", corpus, "--primary", primary_run / "model", "--out", out, "--tokens", tokens, "--both")
+    model = primary_run / "model"
+    _run("drafter", "--data", corpus, "--primary", model, "--out", out, *_DRAFTER_TOKENS, "--both")
     return out
 
 
@@ -97,9 +98,8 @@ def test_provenance_says_how_it_was_made(primary_run: Path, drafter_run: Path) -
 def test_a_plain_drafter_trained_alone_equals_the_one_trained_beside_a_tandem_drafter(
     corpus: Path, primary_run: Path, drafter_run: Path, tmp_path: Path
 ) -> None:
-    tokens = 41 * _STEP_TOKENS
     model = primary_run / "model"
-    _run("drafter", "--data", corpus, "--primary", model, "--out", tmp_path, "--tokens", tokens, "--plain")
+    _run("drafter", "--data", corpus, "--primary", model, "--out", tmp_path, *_DRAFTER_TOKENS, "--plain")
     alone, beside = _losses(tmp_path), _losses(drafter_run)
     assert [alone[s]["plain-drafter"] for s in alone] == [beside[s]["plain-drafter"] for s in beside]
 
@@ -109,10 +109,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
     kind: str, corpus: Path, primary_run: Path, drafter_run: Path, tmp_path: Path
 ) -> None:
     if kind == "primary":
-        arguments, whole = ["--vocab-size", "300"], primary_run
+        arguments, whole = ["--vocab-size", "300", "--tokens", str(41 * _STEP_TOKENS)], primary_run
     else:
-        arguments, whole = ["--primary", str(primary_run / "model"), "--both"], drafter_run
-    arguments += ["--data", str(corpus), "--out", str(tmp_path), "--tokens", str(41 * _STEP_TOKENS)]
+        arguments, whole = ["--primary", str(primary_run / "model"), "--both", *_DRAFTER_TOKENS], drafter_run
+    arguments += ["--data", str(corpus), "--out", str(tmp_path)]
     arguments += ["--checkpoint-interval-s", "0"]  # after every step
     process = subprocess.Popen(_command(kind, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _wait_for(lambda: (tmp_path / "log.jsonl").is_file() and len(_lines(tmp_path)) >= 2, process)
