@@ -31,13 +31,11 @@ def up(file: File) -> None:
     """Run a cluster on this machine, on a local Ray, until Ctrl-C."""
     from rich.console import Console
 
-    from tandem_serve.config import load_cluster_config
+    from tandem_serve.serving.cluster import load_cluster, local_cluster
 
     console = Console(stderr=True)
     with reported():
-        config = load_cluster_config(file)
-        from tandem_serve.serving.cluster import local_cluster
-
+        config = load_cluster(file)
         try:
             with (
                 _sigterm_as_interrupt(),
@@ -61,12 +59,11 @@ def build(file: File) -> None:
     """Print a cluster as a Ray Serve config, for `serve deploy` or a RayService's serveConfigV2."""
     import yaml
 
-    from tandem_serve.config import load_cluster_config
+    from tandem_serve.serving.app import serve_config
+    from tandem_serve.serving.cluster import load_cluster
 
     with reported():
-        config = load_cluster_config(file)
-        from tandem_serve.serving.app import serve_config
-
+        config = load_cluster(file)
         typer.echo(yaml.safe_dump(serve_config(config), sort_keys=False), nl=False)
 
 

@@ -10,13 +10,15 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem_serve.config import ClusterConfig, ReplicaResources
+from tandem_serve.config import ClusterConfig, ReplicaResources, load_cluster_config, resolve_model
 from tandem_serve.errors import ConfigError, Unavailable
+from tandem_serve.models.pairs import DEMO, pair_folder
 
 if TYPE_CHECKING:
     from tandem_serve.serving.app import ClusterApplication
@@ -24,9 +26,12 @@ if TYPE_CHECKING:
 HEALTHY_TIMEOUT_S = 120.0
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's is hardly used: tokens and representations travel elsewhere
 
-# Before ray is imported. Set only where the user has not: Ray's workers would otherwise run at nice 15, where any other
-# work on the machine starves them.
-_RAY_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+# Before ray is imported, and only where the user has not set them.
+_RAY_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # else 15, where any other work on the machine starves the replicas
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: one node, which listens on the loopback address alone
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 Progress = Callable[[str], None]
 
@@ -37,6 +42,24 @@ class Endpoints:
 
     http: str  # http://host:port
     grpc: str  # host:port
+
+
+def load_cluster(path: Path) -> ClusterConfig:
+    """Reads a cluster file, with models as folders that any process on this machine finds (or hub ids).
+
+    Raises:
+        ConfigError: naming the file, the field and what is wrong with it.
+    """
+    config = load_cluster_config(path)
+    models = {}
+    for role, model in (("primary", config.primary.model), ("drafter", config.drafter.model)):
+        models[role] = str(pair_folder(DEMO) / role) if model == DEMO else resolve_model(model, path.parent)
+    return config.model_copy(
+        update={
+            "primary": config.primary.model_copy(update={"model": models["primary"]}),
+            "drafter": config.drafter.model_copy(update={"model": models["drafter"]}),
+        }
+    )
 
 
 @contextmanager
@@ -62,23 +85,36 @@ def local_cluster(config: ClusterConfig, progress: Progress) -> Iterator[Endpoin
 
     from tandem_serve.serving import app
 
+    _start_ray(_num_cpus(config))
+    try:
+        _start_serve(config)
+        try:
+            _deploy(app.applications(config), progress)
+            progress("waiting for the first primary")
+            _wait_until_healthy(endpoints.http)
+            yield endpoints
+        finally:
+            progress("draining")
+            _delete(app.applications(config))
+    finally:
+        ray.shutdown()  # takes Serve's controller and proxy along
+
+
+def _start_ray(num_cpus: int) -> None:
+    """A local Ray that nobody outside this machine can reach."""
+    import ray
+
     before = signal.getsignal(signal.SIGTERM)
+    for name in ("ray._private.authentication", "ray.serve"):  # they tell of every step
+        logging.getLogger(name).setLevel(logging.ERROR)
     ray.init(
-        num_cpus=_num_cpus(config),
+        num_cpus=num_cpus,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
-    try:
-        signal.signal(signal.SIGTERM, before)  # ray puts in one of its own, which leaves without draining
-        _deploy(config, app.applications(config), progress)
-        progress("waiting for the first primary")
-        _wait_until_healthy(endpoints.http)
-        yield endpoints
-    finally:
-        progress("draining")
-        _shut_down(config)
+    signal.signal(signal.SIGTERM, before)  # Ray has put in its own, which leaves without draining
 
 
 def check_models(config: ClusterConfig) -> None:
@@ -134,17 +170,22 @@ def _num_cpus(config: ClusterConfig) -> int:
     return max(os.cpu_count() or 1, int(total) + 2)
 
 
-def _deploy(config: ClusterConfig, applications: list[ClusterApplication], progress: Progress) -> None:
+def _start_serve(config: ClusterConfig) -> None:
     from ray import serve
 
     from tandem_serve.serving import app
 
-    progress("starting Ray Serve")
     serve.start(
         proxy_location="HeadOnly",
         http_options=app.http_options(config.router),
         grpc_options=app.grpc_options(config.router),
     )
+
+
+def _deploy(applications: Sequence[ClusterApplication], progress: Progress) -> None:
+    """Starts the applications at once and waits for all. Raises ConfigError where one does not come up."""
+    from ray import serve
+
     progress("loading the models")
     targets = [
         serve.RunTarget(application.build(), name=application.name, route_prefix=application.route_prefix)
@@ -154,6 +195,14 @@ def _deploy(config: ClusterConfig, applications: list[ClusterApplication], progr
         serve.run_many(targets)
     except RuntimeError as error:
         raise ConfigError(f"the cluster did not come up: {error}") from error
+
+
+def _delete(applications: Sequence[ClusterApplication]) -> None:
+    """The router goes first: it takes nothing new and ends what runs, for which it needs the pools."""
+    from ray import serve
+
+    for application in reversed(applications):
+        serve.delete(application.name)
 
 
 def _wait_until_healthy(url: str) -> None:
@@ -167,15 +216,3 @@ def _wait_until_healthy(url: str) -> None:
             reason = str(error)
         time.sleep(0.1)
     raise Unavailable(f"{url}/health did not answer within {HEALTHY_TIMEOUT_S:.0f} s: {reason}")
-
-
-def _shut_down(config: ClusterConfig) -> None:
-    """The router first: it takes nothing new and ends what runs, for which it needs the pools."""
-    import ray
-    from ray import serve
-
-    try:
-        serve.delete(config.name)
-        serve.shutdown()  # type: ignore[no-untyped-call]
-    finally:
-        ray.shutdown()
