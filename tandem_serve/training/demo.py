@@ -61,11 +61,13 @@ def evaluate_pair(
     return report
 
 
-def assemble_demo(primary_run: Path, drafter_run: Path, out: Path) -> dict[str, Any]:
+def assemble_demo(
+    primary_run: Path, drafter_run: Path, out: Path, size: EvaluationSize = EvaluationSize()
+) -> dict[str, Any]:
     """Gathers the trained models, measured, with cards and heldout.json, as one folder `out`."""
     _, held_out = split_held_out(read_documents(STDLIB), STDLIB_HELD_OUT)
     folders = {TANDEM: drafter_run / TANDEM, PLAIN: drafter_run / PLAIN}
-    report = evaluate_pair(primary_run / "model", folders, held_out)
+    report = evaluate_pair(primary_run / "model", folders, held_out, size)
     with atomic_folder(out) as fresh:
         shutil.copytree(primary_run / "model", fresh / "primary")
         run = RunFolder(primary_run)

@@ -14,6 +14,8 @@ import torch
 from tandem_serve.models.checkpoint import drafter_info, fingerprint, load_decoder, load_drafter, primary_info
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemDrafter
+from tandem_serve.training.demo import EvaluationSize, assemble_demo
+from tandem_serve.training.held_out import read_held_out
 from tandem_serve.training.primary import sequence_logits
 from tandem_serve.training.run_folder import RunFolder
 
@@ -145,6 +147,20 @@ def test_evaluate_reports_both_drafters(corpus: Path, primary_run: Path, drafter
         assert 0 <= figures["drafting"]["accepted_per_block"] <= 5
         assert 0 < figures["text"]["block_length_2"]["total_variation"] < 1
     assert "accepted_per_block_percent" in report["tandem_against_plain"]
+
+
+def test_a_pair_is_assembled_with_cards_and_figures(primary_run: Path, drafter_run: Path, tmp_path: Path) -> None:
+    size = EvaluationSize(num_windows=1, num_prompts=2, prompt_tokens=20, num_tokens=20)
+    report = assemble_demo(primary_run, drafter_run, tmp_path / "pair", size)
+    pair = tmp_path / "pair"
+    assert json.loads((pair / "evaluation.json").read_text()) == report
+    assert read_held_out(pair / "heldout.json")
+    for name in ("primary", "drafter", "plain-drafter"):
+        load_drafter(pair / name)
+        assert RunFolder(pair / name).read_provenance()["data_hash"]
+    assert f"Loss {report['primary']['loss']:.3f}" in (pair / "primary" / "README.md").read_text()
+    accepted = report["drafters"]["drafter"]["drafting"]["accepted_per_block"]
+    assert f"**{accepted:.2f}**" in (pair / "drafter" / "README.md").read_text()
 
 
 def _lines(folder: Path) -> list[str]:
