@@ -21,6 +21,7 @@ Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free one, as announced.")]
 DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+MetricsPort = Annotated[int | None, typer.Option(help="Serve Prometheus here. Default: nowhere.")]
 Threads = Annotated[int, typer.Option(min=1, help="torch threads.")]
 Addresses = Annotated[list[str] | None, typer.Option(help="host:port; may be given several times.")]
 
@@ -105,6 +106,7 @@ def drafter(
     max_block_length: int = 32,
     idle_timeout_s: float = 60.0,
     representation_dtype: Annotated[str, typer.Option(help="On the wire: bf16, int8 or f32.")] = "bf16",
+    metrics_port: MetricsPort = None,
 ) -> None:
     """Run one drafter as a plain process."""
     with reported():
@@ -121,7 +123,7 @@ def drafter(
             "representation_dtype": representation_dtype,
         }
         pool = _pool(DrafterPool, model=_model(model, "drafter"), engine=engine, resources={"num_threads": num_threads})
-        asyncio.run(run_drafter(pool, host=host, port=port, announce=typer.echo))
+        asyncio.run(run_drafter(pool, host=host, port=port, metrics_port=metrics_port, announce=typer.echo))
 
 
 def primary(
@@ -139,6 +141,7 @@ def primary(
     max_model_len: int | None = None,
     block_length: Annotated[int, typer.Option(help="Drafts a round where a request does not say.")] = 5,
     draft_timeout_s: float = 0.5,
+    metrics_port: MetricsPort = None,
 ) -> None:
     """Run one primary as a plain process."""
     with reported():
@@ -157,7 +160,9 @@ def primary(
             "draft_timeout_s": draft_timeout_s,
         }
         pool = _pool(PrimaryPool, model=_model(model, "primary"), engine=engine, resources={"num_threads": num_threads})
-        asyncio.run(run_primary(pool, drafter or [], host=host, port=port, announce=typer.echo))
+        asyncio.run(
+            run_primary(pool, drafter or [], host=host, port=port, metrics_port=metrics_port, announce=typer.echo)
+        )
 
 
 def router(

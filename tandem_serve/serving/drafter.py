@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from prometheus_client import CollectorRegistry, generate_latest
 
 from tandem_serve.config import DrafterEngineConfig
+from tandem_serve.metrics import DrafterMetrics
 from tandem_serve.rpc.drafting_server import DraftingServer
 from tandem_serve.serving.engines import build_drafter
 from tandem_serve.types import DrafterInfo
@@ -18,7 +20,8 @@ class DrafterReplica:
     ) -> None:
         """Loads the model, starts the engine and serves it. Raises CheckpointError, OSError (the port is taken)."""
         torch.set_num_threads(num_threads)
-        self._engine = build_drafter(model, config)
+        self.registry = CollectorRegistry()
+        self._engine = build_drafter(model, config, metrics=DrafterMetrics(self.registry))
         self._server = DraftingServer(self._engine, config, host=host, port=port)
         self._engine.start()
         self._server.start()
@@ -29,6 +32,10 @@ class DrafterReplica:
 
     async def info(self, replica_id: str | None = None) -> DrafterInfo:
         return self._engine.info
+
+    async def metrics(self, replica_id: str | None = None) -> str:
+        """The engine's figures in Prometheus's text format."""
+        return generate_latest(self.registry).decode()
 
     def close(self) -> None:
         """Ends every stream: the primaries go on alone, or with another drafter."""

@@ -10,6 +10,7 @@ from tandem_serve.engine.async_primary import AsyncPrimary
 from tandem_serve.engine.drafter import DrafterEngine
 from tandem_serve.engine.torch_primary import TorchPrimary
 from tandem_serve.interfaces import LinkFactory
+from tandem_serve.metrics import DrafterMetrics, PrimaryMetrics
 from tandem_serve.models.checkpoint import drafter_info, load_decoder, load_drafter, primary_info
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -21,6 +22,7 @@ def build_primary(
     *,
     link_factory: LinkFactory | None = None,
     policy: BlockPolicy | None = None,
+    metrics: PrimaryMetrics | None = None,
 ) -> AsyncPrimary:
     """A primary, not yet started. No sequence may be longer than the whole KV budget, so that any can be served.
 
@@ -30,10 +32,12 @@ def build_primary(
     longest = min(config.max_model_len or config.kv_cache_tokens, config.kv_cache_tokens)
     info = primary_info(model, max_model_len=longest)
     decoder = load_decoder(model, dtype=_DTYPES[config.dtype], device=config.device)
-    return AsyncPrimary(TorchPrimary(decoder, info, config, link_factory=link_factory, policy=policy))
+    engine = TorchPrimary(decoder, info, config, link_factory=link_factory, policy=policy, metrics=metrics)
+    return AsyncPrimary(engine)
 
 
-def build_drafter(model: str, config: DrafterEngineConfig) -> DrafterEngine:
+def build_drafter(model: str, config: DrafterEngineConfig, *, metrics: DrafterMetrics | None = None) -> DrafterEngine:
     """A drafter, tandem or plain, not yet started. Raises CheckpointError."""
     info = drafter_info(model, max_block_length=config.max_block_length)
-    return DrafterEngine(load_drafter(model, dtype=_DTYPES[config.dtype], device=config.device), info, config)
+    drafter = load_drafter(model, dtype=_DTYPES[config.dtype], device=config.device)
+    return DrafterEngine(drafter, info, config, metrics=metrics)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
+
 from tandem_serve.config import RouterPool
 from tandem_serve.models.checkpoint import eos_token_ids, load_tokenizer, resolve_folder
 from tandem_serve.serving.chat import load_chat_template
@@ -10,8 +12,17 @@ from tandem_serve.serving.metrics import MeteredTextService, ServingMetrics
 from tandem_serve.serving.openai_api import FrontEnd
 from tandem_serve.serving.router import PairingRouter
 
+ReplicaMetrics = Callable[[], Awaitable[Mapping[str, str]]]
 
-def build_front_end(pool: RouterPool, model: str, router: PairingRouter) -> FrontEnd:
+
+async def no_replica_metrics() -> Mapping[str, str]:
+    """Of replicas that export their own figures elsewhere."""
+    return {}
+
+
+def build_front_end(
+    pool: RouterPool, model: str, router: PairingRouter, replica_metrics: ReplicaMetrics = no_replica_metrics
+) -> FrontEnd:
     """The text service and what the HTTP endpoints need beside it. Reads the tokenizer of `model`, no weights.
 
     Raises:
@@ -35,4 +46,5 @@ def build_front_end(pool: RouterPool, model: str, router: PairingRouter) -> Fron
         limits=pool.limits,
         metrics=metrics,
         overview=router.overview,
+        replica_metrics=replica_metrics,
     )

@@ -1,17 +1,20 @@
-"""What this router counts, as Prometheus reads it: vLLM's names where one exists, `tandem:` for what is ours.
+"""What a router exports to Prometheus: its own counters, and those of the replicas that it can ask.
 
-Raw counters only; ratios are queries, e.g. the mean acceptance length
+vLLM's names where one exists, `tandem:` for what is ours. Raw counters only; ratios are queries, e.g. the mean
+acceptance length
 `1 + rate(vllm:spec_decode_num_accepted_tokens_total[1m]) / rate(vllm:spec_decode_num_drafts_total[1m])`.
-Counters cover the requests that went through this one router replica.
+A router counts the requests that went through it; of what a replica counts too, only the router's figure is exported.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from tandem_serve.interfaces import TextService
 from tandem_serve.serving.router import ClusterOverview
@@ -72,8 +75,8 @@ class ServingMetrics:
             self._finished.labels(name, delta.finish_reason.value).inc()
             self._prompt_tokens.labels(name).inc(delta.usage.prompt_tokens)
 
-    def render(self, overview: ClusterOverview) -> bytes:
-        """The text format, with the pools as they are now."""
+    def render(self, overview: ClusterOverview, replicas: Mapping[str, str]) -> bytes:
+        """The text format, with the pools as they are now. `replicas`: by name, what each exports itself."""
         for gauge in (self._running, self._waiting, self._kv_usage, self._pairs, self._links):
             gauge.clear()  # replicas come and go
         for primary in overview.primaries:
@@ -84,7 +87,30 @@ class ServingMetrics:
         for drafter in overview.drafters:
             self._pairs.labels(self._model_name, drafter.address).set(drafter.num_sequences)
             self._links.labels(self._model_name, drafter.address).set(len(drafter.linked_primaries))
-        return generate_latest(self._registry)
+        merged = CollectorRegistry()
+        merged.register(_Merged(self._registry, replicas))
+        return generate_latest(merged)
+
+
+class _Merged:
+    """A registry's metrics, and those of replicas under other names, labelled by replica."""
+
+    def __init__(self, own: CollectorRegistry, replicas: Mapping[str, str]) -> None:
+        self._own = own
+        self._replicas = replicas
+
+    def collect(self) -> Iterator[Metric]:
+        own = {metric.name: metric for metric in self._own.collect()}
+        yield from own.values()
+        others: dict[str, Metric] = {}
+        for replica, text in self._replicas.items():
+            for metric in text_string_to_metric_families(text):
+                if metric.name.removesuffix("_created") in own:
+                    continue
+                family = others.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                for sample in metric.samples:
+                    family.samples.append(sample._replace(labels={**sample.labels, "replica": replica}))
+        yield from others.values()
 
 
 class MeteredTextService:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ class FrontEnd:
     limits: RouterLimits
     metrics: ServingMetrics
     overview: Callable[[], Awaitable[ClusterOverview]]
+    replica_metrics: Callable[[], Awaitable[Mapping[str, str]]]  # what replicas export themselves, by name
 
 
 def create_app(front: FrontEnd) -> FastAPI:
@@ -134,7 +135,7 @@ class _Endpoints:
         return JSONResponse({"model": self._front.model_name, **asdict(await self._front.overview())})
 
     async def metrics(self) -> Response:
-        text = self._front.metrics.render(await self._front.overview())
+        text = self._front.metrics.render(await self._front.overview(), await self._front.replica_metrics())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _read(self, request: Request) -> bytes:

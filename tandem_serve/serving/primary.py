@@ -6,9 +6,11 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 import torch
+from prometheus_client import CollectorRegistry, generate_latest
 
 from tandem_serve.config import PrimaryEngineConfig
 from tandem_serve.decoding.block_policy import FixedBlockLength
+from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.rpc.drafting_client import GrpcLinkFactory
 from tandem_serve.serving.engines import build_primary
 from tandem_serve.serving.validation import MAX_BLOCK_LENGTH
@@ -38,7 +40,14 @@ class PrimaryReplica:
         """Loads the model and starts the engine. Raises CheckpointError."""
         torch.set_num_threads(num_threads)
         self._block_length = AdjustableBlockLength(config.block_length)
-        self._primary = build_primary(model, config, link_factory=GrpcLinkFactory(), policy=self._block_length)
+        self.registry = CollectorRegistry()
+        self._primary = build_primary(
+            model,
+            config,
+            link_factory=GrpcLinkFactory(),
+            policy=self._block_length,
+            metrics=PrimaryMetrics(self.registry),
+        )
         self._primary.start()
 
     async def info(self, replica_id: str | None = None) -> PrimaryInfo:
@@ -53,6 +62,10 @@ class PrimaryReplica:
         async with aclosing(self._primary.generate(request)) as steps:
             async for step in steps:
                 yield step
+
+    async def metrics(self, replica_id: str | None = None) -> str:
+        """The engine's figures in Prometheus's text format."""
+        return generate_latest(self.registry).decode()
 
     def set_drafters(self, addresses: Iterable[str]) -> None:
         """The drafters to link to. Any thread."""

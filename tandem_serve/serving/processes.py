@@ -7,6 +7,8 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from prometheus_client import CollectorRegistry, start_http_server
+
 from tandem_serve.config import DrafterPool, PrimaryPool, RouterPool
 from tandem_serve.errors import ConfigError
 
@@ -15,20 +17,27 @@ DRAIN_TIMEOUT_S = 20.0  # for what runs when a process is told to go
 Announce = Callable[[str], None]  # told once, when the process serves
 
 
-async def run_drafter(pool: DrafterPool, *, host: str, port: int, announce: Announce) -> None:
+async def run_drafter(pool: DrafterPool, *, host: str, port: int, metrics_port: int | None, announce: Announce) -> None:
     """Serves a drafter until SIGINT or SIGTERM. Raises CheckpointError, ConfigError."""
     from tandem_serve.serving.drafter import DrafterReplica
 
     stopped = _stop_event()
     with _clear_port_errors():
         drafter = DrafterReplica(pool.model, pool.engine, num_threads=pool.resources.num_threads, host=host, port=port)
+        _export(drafter.registry, host, metrics_port)
     announce(f"drafter listening on {drafter.address}")
     await stopped.wait()
     await asyncio.to_thread(drafter.close)
 
 
 async def run_primary(
-    pool: PrimaryPool, drafter_addresses: Sequence[str], *, host: str, port: int, announce: Announce
+    pool: PrimaryPool,
+    drafter_addresses: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    metrics_port: int | None,
+    announce: Announce,
 ) -> None:
     """Serves a primary until SIGINT or SIGTERM. Raises CheckpointError, ConfigError."""
     from tandem_serve.rpc.primary_server import PrimaryServer
@@ -39,6 +48,7 @@ async def run_primary(
     primary.set_drafters(drafter_addresses)
     with _clear_port_errors():
         server = PrimaryServer(primary, host=host, port=port)
+        _export(primary.registry, host, metrics_port)
     await server.start()
     announce(f"primary listening on {server.address}")
     await stopped.wait()
@@ -90,6 +100,12 @@ def _stop_event() -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     return stopped
+
+
+def _export(registry: CollectorRegistry, host: str, port: int | None) -> None:
+    """Serves a registry to Prometheus, on a thread of its own; None: not at all."""
+    if port is not None:
+        start_http_server(port, host, registry)
 
 
 @contextmanager

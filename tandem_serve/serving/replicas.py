@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PRIMARY, DRAFTER, ROUTER = "Primary", "Drafter", "Router"  # deployments; each is the only one of its application
 DRAIN_TIMEOUT_S = 20.0  # for sequences that run when a replica is told to go
+METRICS_TIMEOUT_S = 2.0
 ADDRESS = "address"  # key of a drafter's metadata
 
 
@@ -70,11 +71,12 @@ class RouterDeployment:
 
     def __init__(self, pool: RouterPool, model: str, primary_application: str, drafter_application: str | None) -> None:
         self._router = PairingRouter()
-        self._front_end = build_front_end(pool, model, self._router)
+        self._front_end = build_front_end(pool, model, self._router, self._replica_metrics)
+        self._found: dict[str, Replicas] = {}
         self._loop = asyncio.get_running_loop()
-        self._primaries = discover(PRIMARY, primary_application, self._on_loop(self._set_primaries))
+        self._handles = {PRIMARY: discover(PRIMARY, primary_application, self._on_loop(self._set_primaries))}
         if drafter_application is not None:
-            self._drafters = discover(DRAFTER, drafter_application, self._on_loop(self._set_drafters))
+            self._handles[DRAFTER] = discover(DRAFTER, drafter_application, self._on_loop(self._set_drafters))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._front_end)
@@ -106,6 +108,20 @@ class RouterDeployment:
             set_status(grpc_context, error)
             raise
 
+    async def _replica_metrics(self) -> dict[str, str]:
+        """Of the replicas that answer in time."""
+        names = [(pool, replica_id) for pool, found in self._found.items() for replica_id in found]
+        calls = [
+            asyncio.wait_for(_metrics_of(self._handles[pool], replica_id), METRICS_TIMEOUT_S)
+            for pool, replica_id in names
+        ]
+        texts = await asyncio.gather(*calls, return_exceptions=True)
+        return {
+            f"{pool}#{replica_id}": text
+            for (pool, replica_id), text in zip(names, texts, strict=True)
+            if isinstance(text, str)
+        }
+
     def _on_loop(self, apply: Callable[[Replicas], None]) -> Callable[[Replicas], None]:
         """Discovery speaks on a thread of Serve's; pairing belongs to this replica's loop."""
 
@@ -115,9 +131,13 @@ class RouterDeployment:
         return watcher
 
     def _set_primaries(self, found: Replicas) -> None:
-        self._router.set_primaries({replica_id: ServePrimary(self._primaries, replica_id) for replica_id in found})
+        self._found[PRIMARY] = found
+        self._router.set_primaries(
+            {replica_id: ServePrimary(self._handles[PRIMARY], replica_id) for replica_id in found}
+        )
 
     def _set_drafters(self, found: Replicas) -> None:
+        self._found[DRAFTER] = found
         self._router.set_drafters(_addresses(found))
 
 
@@ -130,6 +150,11 @@ def discover(deployment: str, application: str, watcher: Callable[[Replicas], No
     handle = serve.get_deployment_handle(deployment, application, _check_exists=False)
     handle.info.remote()  # a handle makes its request router, and so learns the replicas, with its first call
     return handle
+
+
+async def _metrics_of(handle: DeploymentHandle[Any], replica_id: str) -> str:
+    text: str = await handle.metrics.remote(replica_id=replica_id)
+    return text
 
 
 def _addresses(found: Replicas) -> list[str]:

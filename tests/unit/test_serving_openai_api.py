@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tandem_serve.config import RouterLimits
 from tandem_serve.errors import ModelMismatch, Overloaded, RequestAborted, Unavailable
+from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.serving.chat import load_chat_template
 from tandem_serve.serving.completion import TextCompletion
 from tandem_serve.serving.metrics import MeteredTextService, ServingMetrics
@@ -37,9 +38,13 @@ def app_over(primary: ScriptedPrimary, chat_folder: Path | None = None) -> Any:
     service = TextCompletion(router, TOKENIZER, model_name="m", eos_token_ids=(END_OF_TEXT_ID,), limits=limits)
     metrics = ServingMetrics("m")
     template = load_chat_template(chat_folder, TOKENIZER) if chat_folder else None
-    return create_app(
-        FrontEnd(MeteredTextService(service, metrics), TOKENIZER, template, "m", limits, metrics, router.overview)
-    )
+    metered = MeteredTextService(service, metrics)
+    return create_app(FrontEnd(metered, TOKENIZER, template, "m", limits, metrics, router.overview, replica_metrics))
+
+
+async def replica_metrics() -> dict[str, str]:
+    text = generate_latest(PrimaryMetrics().registry).decode()
+    return {"a": text, "b": text}
 
 
 def client_of(app: Any) -> httpx.AsyncClient:
@@ -246,6 +251,9 @@ async def test_models_health_status_metrics(client: httpx.AsyncClient) -> None:
     assert f'vllm:generation_tokens_total{{model_name="m"}} {len(SAID)}.0' in metrics
     assert "vllm:spec_decode_num_accepted_tokens_per_pos_total" in metrics
     assert 'vllm:num_requests_running{model_name="m",primary="p0"} 0.0' in metrics
+    for replica in "ab":
+        assert f'tandem:near_ties_total{{replica="{replica}"}} 0.0' in metrics  # what only replicas count
+    assert metrics.count("\nvllm:prompt_tokens_total{") == 1  # what the router counts too
 
 
 # ------------------------------------------------------------------ refusals
