@@ -11,6 +11,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
 
 from tandem_serve.config import RouterLimits
 from tandem_serve.errors import ModelMismatch, Overloaded, RequestAborted, Unavailable
