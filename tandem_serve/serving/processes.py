@@ -24,8 +24,8 @@ async def run_drafter(pool: DrafterPool, *, host: str, port: int, metrics_port: 
     stopped = _stop_event()
     with _clear_port_errors():
         drafter = DrafterReplica(pool.model, pool.engine, num_threads=pool.resources.num_threads, host=host, port=port)
-        _export(drafter.registry, host, metrics_port)
-    announce(f"drafter listening on {drafter.address}")
+        metrics = _export(drafter.registry, host, metrics_port)
+    announce(f"drafter listening on {drafter.address}{metrics}")
     await stopped.wait()
     await asyncio.to_thread(drafter.close)
 
@@ -48,9 +48,9 @@ async def run_primary(
     primary.set_drafters(drafter_addresses)
     with _clear_port_errors():
         server = PrimaryServer(primary, host=host, port=port)
-        _export(primary.registry, host, metrics_port)
+        metrics = _export(primary.registry, host, metrics_port)
     await server.start()
-    announce(f"primary listening on {server.address}")
+    announce(f"primary listening on {server.address}{metrics}")
     await stopped.wait()
     await server.stop(DRAIN_TIMEOUT_S)
     await primary.close(0.0)
@@ -102,10 +102,12 @@ def _stop_event() -> asyncio.Event:
     return stopped
 
 
-def _export(registry: CollectorRegistry, host: str, port: int | None) -> None:
-    """Serves a registry to Prometheus, on a thread of its own; None: not at all."""
-    if port is not None:
-        start_http_server(port, host, registry)
+def _export(registry: CollectorRegistry, host: str, port: int | None) -> str:
+    """Serves a registry to Prometheus, on a thread of its own; None: not at all. What to announce of it."""
+    if port is None:
+        return ""
+    server, _ = start_http_server(port, host, registry)
+    return f", metrics on http://{host}:{server.server_port}"
 
 
 @contextmanager

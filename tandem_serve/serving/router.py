@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Container, Iterable, Iterator, Mappi
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
-from tandem_serve.errors import Overloaded, Unavailable
+from tandem_serve.errors import Overloaded, RequestAborted, Unavailable
 from tandem_serve.interfaces import Primary
 from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
@@ -173,7 +173,7 @@ class PairingRouter:
                 failed.add(name)
                 if self._primaries.pick(exclude=failed) is None:
                     raise
-            except Unavailable as error:
+            except (Unavailable, RequestAborted) as error:  # nobody but a primary that closes aborts what we run
                 logger.warning("primary %s failed after %d tokens: %s", name, len(delivered), error)
                 failed.add(name)
                 reason = str(error)

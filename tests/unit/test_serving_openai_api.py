@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 from tandem_serve.config import RouterLimits
-from tandem_serve.errors import ModelMismatch, Overloaded, RequestAborted, Unavailable
+from tandem_serve.errors import ModelMismatch, Overloaded, Unavailable
 from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.serving.chat import load_chat_template
 from tandem_serve.serving.completion import TextCompletion
@@ -380,7 +380,6 @@ async def test_unknown_models_routes_and_methods(client: httpx.AsyncClient) -> N
         (Overloaded("full", retry_after_s=2.5), 429),
         (Unavailable("gone"), 503),
         (ModelMismatch("other"), 409),
-        (RequestAborted("going away"), 499),
         (RuntimeError("a secret"), 500),
     ],
 )

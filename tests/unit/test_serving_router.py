@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from tandem_serve.errors import InvalidRequest, Overloaded, Unavailable
+from tandem_serve.errors import InvalidRequest, Overloaded, RequestAborted, Unavailable
 from tandem_serve.serving.router import PairingRouter, Pool
 from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, SamplingParams
 from tests.unit.scripted_primary import ScriptedPrimary
@@ -99,9 +99,10 @@ async def test_without_drafters_the_primary_is_left_to_choose() -> None:
 
 
 @pytest.mark.parametrize("error_after", [0, 3, 6])
-async def test_another_primary_goes_on_where_one_failed(error_after: int) -> None:
+@pytest.mark.parametrize("error", [Unavailable("gone"), RequestAborted("closing")])
+async def test_another_primary_goes_on_where_one_failed(error: Exception, error_after: int) -> None:
     said = list(range(20, 28))
-    failing = ScriptedPrimary(said, error=Unavailable("gone"), error_after=error_after, prompt_length=3)
+    failing = ScriptedPrimary(said, error=error, error_after=error_after, prompt_length=3)
     healthy = ScriptedPrimary(said, prompt_length=3)
     token_ids, last = await tokens_of(router_of(failing, healthy))
     assert token_ids == said

@@ -1,0 +1,129 @@
+"""The three pools as plain processes, without Ray, on real sockets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.checkpoints import make_drafter, make_primary
+from tests.serving_contract import PROMPT, Cluster, ServingContract, eventually
+
+START_TIMEOUT_S = 90.0
+
+
+class Pools:
+    """A drafter that can be killed and started again, a primary, and a router, each a process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._primary_model = make_primary(folder / "primary")
+        self._drafter_model = make_drafter(folder / "drafter", self._primary_model)
+        self._drafter, self._drafter_metrics, primary, http, grpc = _free_addresses(5)
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.start_drafter()
+        self._start("primary", "--model", self._primary_model, "--drafter", self._drafter, *_port(primary))
+        self._start(
+            "router",
+            *("--model", self._primary_model, "--model-name", "tiny", "--primary", primary),
+            *("--http-port", http.split(":")[1], "--grpc-port", grpc.split(":")[1]),
+        )
+        self.cluster = Cluster(f"http://{http}", grpc, "tiny", self.drafter_sequences)
+        eventually(self._is_complete, "the three processes are up and linked", START_TIMEOUT_S)
+
+    def start_drafter(self) -> None:
+        metrics_port = self._drafter_metrics.split(":")[1]
+        self._start("drafter", "--model", self._drafter_model, *_port(self._drafter), "--metrics-port", metrics_port)
+
+    def kill_drafter(self) -> None:
+        self._processes["drafter"].kill()
+        self._processes["drafter"].wait(30)
+
+    def drafter_sequences(self) -> int:
+        text = httpx.get(f"http://{self._drafter_metrics}/metrics", timeout=10).text
+        lines = [line for line in text.splitlines() if line.startswith("tandem:drafter_num_sequences ")]
+        return int(float(lines[0].split()[1]))
+
+    def end(self) -> dict[str, int]:
+        """Exit statuses after SIGTERM."""
+        for process in self._processes.values():
+            process.send_signal(signal.SIGTERM)
+        return {name: process.wait(30) for name, process in self._processes.items()}
+
+    def _start(self, role: str, *arguments: object) -> None:
+        log = (self._folder / f"{role}.log").open("wb")
+        command = [sys.executable, "-m", "tandem_serve.cli", role, *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._processes[role] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def _is_complete(self) -> bool:
+        for role, process in self._processes.items():
+            assert process.poll() is None, (self._folder / f"{role}.log").read_text()
+        try:
+            status = httpx.get(f"{self.cluster.http}/status", timeout=10).json()
+        except httpx.TransportError:
+            return False
+        return any(drafter["linked_primaries"] for drafter in status["drafters"])
+
+
+def _free_addresses(count: int) -> list[str]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return addresses
+
+
+def _port(address: str) -> tuple[str, str]:
+    return "--port", address.split(":")[1]
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    pools = Pools(tmp_path_factory.mktemp("pools"))
+    yield pools
+    assert pools.end() == {"drafter": 0, "primary": 0, "router": 0}
+
+
+@pytest.fixture(scope="module")
+def cluster(pools: Pools) -> Cluster:
+    return pools.cluster
+
+
+class TestPlainProcesses(ServingContract):
+    def test_killing_the_drafter_in_mid_stream_changes_no_token(self, pools: Pools, cluster: Cluster) -> None:
+        body = {"temperature": 0.9, "seed": 3, "max_tokens": 300, "ignore_eos": True}
+        plain = cluster.text(block_length=0, **body)
+        pieces: list[str] = []
+        num_accepted: list[int] = []
+        with cluster.client() as client:
+            chunks = client.completions.create(
+                model=cluster.model,
+                prompt=PROMPT,
+                max_tokens=300,
+                temperature=0.9,
+                seed=3,
+                stream=True,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+            for index, chunk in enumerate(chunks):
+                if index == 5:
+                    pools.kill_drafter()
+                if index == 15:
+                    pools.start_drafter()
+                pieces.append(chunk.choices[0].text)
+                num_accepted.append((chunk.choices[0].model_extra or {})["num_accepted_tokens"])
+        assert "".join(pieces) == plain
+        assert sum(num_accepted[:5]) > 0  # the drafter was at work before
+        eventually(lambda: _accepts_drafts(cluster), "acceptance comes back", START_TIMEOUT_S)
+
+
+def _accepts_drafts(cluster: Cluster) -> bool:
+    return "metrics" in cluster.complete(max_tokens=16)
