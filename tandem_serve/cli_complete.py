@@ -145,7 +145,7 @@ def _from_pair(request: TextRequest, pair: str, num_threads: int) -> Iterator[Te
 
     from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig, RouterLimits
     from tandem_serve.engine.local_link import local_link_factory
-    from tandem_serve.models.checkpoint import eos_token_ids, load_tokenizer
+    from tandem_serve.models.folder import eos_token_ids, load_tokenizer
     from tandem_serve.models.pairs import pair_folder
     from tandem_serve.serving.completion import TextCompletion
     from tandem_serve.serving.engines import build_drafter, build_primary

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,15 +19,31 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import nn
 
 from tandem_serve.errors import CheckpointError
-from tandem_serve.models.config import DecoderConfig, token_id_list
+from tandem_serve.models.config import DecoderConfig
 from tandem_serve.models.decoder import Decoder
+from tandem_serve.models.folder import eos_token_ids, load_tokenizer, read_json, resolve_folder, tokenizer_hash
 from tandem_serve.models.tandem import TandemConfig, TandemDrafter
-from tandem_serve.models.weights import WEIGHTS_FILE, Shards, check_shapes, hf_tensors, read_json
+from tandem_serve.models.weights import WEIGHTS_FILE, Shards, check_shapes, hf_tensors
 from tandem_serve.types import DrafterInfo, PrimaryInfo
+
+__all__ = [  # with what else callers know a checkpoint by, from folder.py
+    "atomic_folder",
+    "drafter_info",
+    "eos_token_ids",
+    "fingerprint",
+    "load_decoder",
+    "load_drafter",
+    "load_tokenizer",
+    "primary_info",
+    "resolve_folder",
+    "save_decoder",
+    "save_drafter",
+    "tokenizer_hash",
+    "write_model",
+]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -77,21 +92,6 @@ def load_drafter(
     drafter = TandemDrafter(Decoder(config, dtype=dtype, device=device), tandem)
     shards.copy_into(hf_tensors(drafter))
     return _frozen(drafter)
-
-
-def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder.
-
-    Raises:
-        CheckpointError: where tokenizer.json is missing or unreadable.
-    """
-    file = resolve_folder(path_or_hub_id) / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent}: no tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
 
 
 # ------------------------------------------------------------------ public: save
@@ -182,14 +182,6 @@ def fingerprint(path_or_hub_id: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def tokenizer_hash(path_or_hub_id: str | Path) -> str:
-    """Names what a tokenizer does: 16 hex digits of tokenizer.json's canonical content."""
-    content = read_json(resolve_folder(path_or_hub_id) / "tokenizer.json")
-    content.pop("padding", None)  # how a batch was last padded or cut, not what the ids mean
-    content.pop("truncation", None)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def primary_info(
     path_or_hub_id: str | Path, *, model: str | None = None, max_model_len: int | None = None
 ) -> PrimaryInfo:
@@ -229,40 +221,6 @@ def drafter_info(
         max_block_length=max_block_length,
         max_model_len=_model_len(config, max_model_len),
     )
-
-
-def eos_token_ids(path_or_hub_id: str | Path) -> tuple[int, ...]:
-    """The ids that end a text: generation_config.json's, else config.json's. Empty where neither names one."""
-    folder = resolve_folder(path_or_hub_id)
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            ids = token_id_list(read_json(folder / name).get("eos_token_id"))
-            if ids:
-                return ids
-    return ()
-
-
-def resolve_folder(path_or_hub_id: str | Path) -> Path:
-    """A checkpoint's local folder; a hub id is downloaded (or found in the cache) first.
-
-    Raises:
-        CheckpointError: where there is neither such a folder nor such a repository.
-    """
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(path_or_hub_id)
-    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or name[0] in "./":
-        raise CheckpointError(f"{name}: no such folder, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = name.partition("@")
-    try:
-        return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-        )
-    except Exception as error:  # network, authentication and lookup errors share no base class
-        raise CheckpointError(f"{name}: no such folder, and not to be had from the hub: {error}") from error
 
 
 def _tandem_config(hf: Mapping[str, Any]) -> TandemConfig | None:

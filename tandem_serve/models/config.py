@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem_serve.errors import CheckpointError
+from tandem_serve.models.folder import token_id_list
 from tandem_serve.models.rope import RopeConfig
 
 _ARCHITECTURES: Mapping[str, str] = {
@@ -141,14 +142,6 @@ class DecoderConfig:
             hf["sliding_window"] = max(windows, default=None)
             hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in self.sliding_windows]
         return hf
-
-
-def token_id_list(value: Any) -> tuple[int, ...]:
-    """eos_token_id as config.json spells it (absent, one id or a list) as a tuple."""
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise CheckpointError(f"config.json: {value!r} is not a token id or a list of them")
-    return ids
 
 
 def _size(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:

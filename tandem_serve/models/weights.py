@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,25 +11,13 @@ from torch import Tensor
 
 from tandem_serve.errors import CheckpointError
 from tandem_serve.models.decoder import Decoder, DecoderConfig, LayerWeights
+from tandem_serve.models.folder import read_json
 from tandem_serve.models.tandem import TandemConfig, TandemDrafter
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOAT_TYPES = {"F32", "F16", "BF16"}
 _PAGE_BYTES, _PAGES = 4096, 16  # of each tensor, for the fingerprint
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError where there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.parent}: no {file.name}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a JSON object")
-    return content
 
 
 def hf_tensors(model: TandemDrafter | Decoder) -> dict[str, Tensor]:

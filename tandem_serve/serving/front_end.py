@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 
 from tandem_serve.config import RouterPool
-from tandem_serve.models.checkpoint import eos_token_ids, load_tokenizer, resolve_folder
+from tandem_serve.models.folder import eos_token_ids, load_tokenizer, resolve_folder
 from tandem_serve.serving.chat import load_chat_template
 from tandem_serve.serving.completion import TextCompletion
 from tandem_serve.serving.metrics import MeteredTextService, ServingMetrics

@@ -350,6 +350,7 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache(pair: tuple[Path, Path], tmp_pa
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     program = (
+        "from tandem_serve.errors import CheckpointError\n"
         "from tandem_serve.models.checkpoint import *\n"
         "print(primary_info('someone/tiny').model, fingerprint('someone/tiny@main'))\n"
         "try: load_decoder('someone/else')\n"
