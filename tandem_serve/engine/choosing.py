@@ -2,83 +2,83 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Seq
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from prometheus_client import Counter
 from torch import Tensor
 
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
 from tandem_serve.decoding.verify import accept_prefix
 from tandem_serve.engine.canonical import canonical_logits
+from tandem_serve.engine.scheduler import Run
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.types import SamplingParams, TokenLogprob
 
 _GREEDY = SamplingParams(temperature=0.0)
 
 
-class Block(NamedTuple):
-    """Drafts to verify, in one sequence. Its rows of logits are len(draft_token_ids) + 1, from `row` on.
-
-    Row `row` follows the last of token_ids, row `row + i` the i-th draft.
-    """
-
-    token_ids: list[int]  # all tokens of the sequence
-    draft_token_ids: tuple[int, ...]
-    sampling: SamplingParams
-    row: int
-
-
 class Verified(NamedTuple):
-    """A block's outcome: token_ids are the accepted drafts and the primary's own next token."""
+    """What a run yields: accepted drafts, then the primary's own next token. Nothing for an early prompt chunk."""
 
     num_accepted_tokens: int
     token_ids: list[int]
 
 
-class TokenChooser:
-    """Verifies blocks. `num_near_ties` counts the rows that were computed a second time (canonical.py)."""
+_NOTHING = Verified(0, [])
 
-    def __init__(self, decoder: Decoder, tie_margin: float) -> None:
+
+class TokenChooser:
+    """The primary's choice at every row, and what it makes of drafts. Rows within tie_margin of a tie: canonical.py."""
+
+    def __init__(self, decoder: Decoder, tie_margin: float, near_ties: Counter) -> None:
         self._decoder = decoder
         self._tie_margin = tie_margin
-        self.num_near_ties = 0
+        self._near_ties = near_ties
 
-    def verify(self, blocks: Seq[Block], logits: Tensor) -> list[Verified]:
-        """Chooses at every row of logits [R, V] and keeps each block's longest right prefix.
+    def verify(self, runs: Seq[Run], logits: Tensor) -> list[Verified]:
+        """Chooses at each run's rows of logits [R, V] and keeps its longest right prefix of drafts.
 
-        Rows of near ties are replaced in `logits` by the canonical ones, in order and only as far as they matter.
+        A run's first row follows its sequence's last token, each further one a draft. Rows of near ties are replaced in
+        `logits` by the canonical ones, in order and only as far as they matter.
         """
-        choice = choose_token_ids(logits, _sampling_rows(blocks))
-        targets = choice.token_ids.tolist()
-        if self._tie_margin > 0:
-            margins = choice.margins.tolist()
-            if min(margins) < self._tie_margin:
-                self._settle_near_ties(blocks, logits, targets, margins)
-        width = max(len(block.draft_token_ids) for block in blocks)
+        blocks = [run for run in runs if run.num_logits]
+        if not blocks:
+            return [_NOTHING] * len(runs)
+        choice = choose_token_ids(logits, _sampling_rows(blocks, logits.device))
+        ends = list(itertools.accumulate(block.num_logits for block in blocks))
+        flat_targets, flat_margins = choice.token_ids.tolist(), choice.margins.tolist()
+        targets = [flat_targets[end - block.num_logits : end] for block, end in zip(blocks, ends, strict=True)]
+        if min(flat_margins) < self._tie_margin:
+            for block, end, own in zip(blocks, ends, targets, strict=True):
+                rows = slice(end - block.num_logits, end)
+                self._settle_near_ties(block, logits[rows], own, flat_margins[rows])
+        width = max(block.num_logits for block in blocks)
         verdict = accept_prefix(
-            torch.tensor([_padded(block.draft_token_ids, width) for block in blocks], dtype=torch.int64),
-            torch.tensor([_padded(targets[b.row : b.row + len(b.draft_token_ids) + 1], width + 1) for b in blocks]),
+            torch.tensor([_padded(block.draft_token_ids, width - 1) for block in blocks], dtype=torch.int64),
+            torch.tensor([_padded(own, width) for own in targets]),
         )
-        return [
+        verified = (
             Verified(num_accepted, [*block.draft_token_ids[:num_accepted], next_token_id])
             for block, num_accepted, next_token_id in zip(blocks, *(part.tolist() for part in verdict), strict=True)
-        ]
+        )
+        return [next(verified) if run.num_logits else _NOTHING for run in runs]
 
-    def _settle_near_ties(self, blocks: Seq[Block], logits: Tensor, targets: list[int], margins: list[float]) -> None:
-        """Replaces near-tied targets, in place, up to each block's first rejection."""
-        for block in blocks:
-            for index in range(len(block.draft_token_ids) + 1):
-                row = block.row + index
-                if margins[row] < self._tie_margin:
-                    self.num_near_ties += 1
-                    context = [*block.token_ids, *block.draft_token_ids[:index]]
-                    logits[row] = canonical_logits(self._decoder, context)[0]
-                    rows = SamplingRows.from_params([(block.sampling, len(context))], logits.device)
-                    targets[row] = int(choose_token_ids(logits[row : row + 1], rows).token_ids)
-                if index < len(block.draft_token_ids) and block.draft_token_ids[index] != targets[row]:
-                    break
+    def _settle_near_ties(self, block: Run, logits: Tensor, targets: list[int], margins: list[float]) -> None:
+        """Replaces a block's near-tied logits [G + 1, V] and targets, in place, up to its first rejection."""
+        sequence, drafts = block.sequence, block.draft_token_ids
+        for index in range(len(drafts) + 1):
+            if margins[index] < self._tie_margin:
+                self._near_ties.inc()
+                context = [*sequence.token_ids, *drafts[:index]]
+                logits[index] = canonical_logits(self._decoder, context)[0]
+                rows = SamplingRows.from_params([(sequence.request.sampling, len(context))], logits.device)
+                targets[index] = int(choose_token_ids(logits[index : index + 1], rows).token_ids)
+            if index < len(drafts) and drafts[index] != targets[index]:
+                break
 
 
 def token_logprobs(logits: Tensor, token_ids: Seq[int], num_top: int) -> tuple[TokenLogprob, ...]:
@@ -93,15 +93,15 @@ def token_logprobs(logits: Tensor, token_ids: Seq[int], num_top: int) -> tuple[T
     )
 
 
-def _sampling_rows(blocks: Seq[Block]) -> SamplingRows:
+def _sampling_rows(blocks: Seq[Run], device: torch.device) -> SamplingRows:
+    if all(block.sequence.request.sampling.temperature == 0 for block in blocks):
+        return _greedy_rows(sum(block.num_logits for block in blocks))
     rows = [
-        (block.sampling, len(block.token_ids) + index)
+        (block.sequence.request.sampling, len(block.sequence.token_ids) + index)
         for block in blocks
-        for index in range(len(block.draft_token_ids) + 1)
+        for index in range(block.num_logits)
     ]
-    if all(sampling.temperature == 0 for sampling, _ in rows):
-        return _greedy_rows(len(rows))
-    return SamplingRows.from_params(rows)
+    return SamplingRows.from_params(rows, device)
 
 
 @lru_cache(maxsize=256)

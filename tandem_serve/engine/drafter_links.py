@@ -34,6 +34,7 @@ class DrafterLinks:
         self._primary = primary
         self._wake = wake
         self._drafters: dict[str, Drafter] = {}
+        self._taps: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Drafter]:
         return iter(self._drafters.values())
@@ -59,9 +60,14 @@ class DrafterLinks:
             self._close_if_unused(drafter)
 
     def taps(self) -> tuple[int, ...]:
-        """Every primary layer that some drafter reads, ascending; also of drafters that are away for the moment."""
-        infos = (drafter.link.info for drafter in self if drafter.link.state is not LinkState.REFUSED)
-        return tuple(sorted({tap for info in infos if info is not None for tap in info.taps}))
+        """Every primary layer that some drafter reads, ascending.
+
+        Also of drafters that are away for the moment; while none has been heard of, what was last known.
+        """
+        infos = [d.link.info for d in self if d.link.info is not None and d.link.state is not LinkState.REFUSED]
+        if infos:
+            self._taps = tuple(sorted({tap for info in infos for tap in info.taps}))
+        return self._taps
 
     def pick(self, preferred: str | None, fits: Callable[[DrafterInfo], bool]) -> Drafter | None:
         """The drafter for one more sequence: the preferred one, else the least busy; ready and fitting. Or None."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tandem_serve.config import PrimaryEngineConfig
 from tandem_serve.decoding.block_policy import BlockPolicy, FixedBlockLength
-from tandem_serve.engine.choosing import Block, TokenChooser, Verified, token_logprobs
+from tandem_serve.engine.choosing import TokenChooser, Verified, token_logprobs
 from tandem_serve.engine.drafter_links import DrafterLinks
 from tandem_serve.engine.drafting import DraftCoordinator
 from tandem_serve.engine.forward import Rows, forward
@@ -36,7 +36,7 @@ from tandem_serve.types import (
 
 _log = logging.getLogger(__name__)
 
-TIE_MARGIN = 1e-3  # raw logits; some hundred times what float32 sums differ by between batch shapes
+TIE_MARGIN = 5e-4  # raw logits; float32 sums differ by about 1e-5 between batch shapes, so this is ample
 
 
 class TorchPrimary:
@@ -67,7 +67,8 @@ class TorchPrimary:
         self._budget = KvBudget(config.kv_cache_tokens, config.kv_block_size)
         self._scheduler = Scheduler(config, self._budget)
         default = TIE_MARGIN if decoder.dtype is torch.float32 else 0.0
-        self._chooser = TokenChooser(decoder, default if tie_margin is None else tie_margin)
+        tie_margin = default if tie_margin is None else tie_margin
+        self._chooser = TokenChooser(decoder, tie_margin, self.metrics.near_ties)
         self._wake = threading.Event()
         self._links = DrafterLinks(link_factory, info, self.wake)
         policy = policy or FixedBlockLength(config.block_length, MAX_BLOCK_LENGTH)
@@ -265,7 +266,7 @@ class TorchPrimary:
         taps = tuple(sorted({tap for spec in logs if spec is not None for tap in spec.log.taps}))
         rows = [Rows(_kv(run.sequence), run.sequence.num_computed, run.token_ids, run.num_logits) for run in runs]
         output = forward(self._decoder, rows, taps)
-        outcomes = self._verify(runs, output.logits)
+        outcomes = self._chooser.verify(runs, output.logits)
         logits = output.logits.split([run.num_logits for run in runs])
         if output.taps is None:
             states: Iterable[Tensor | None] = [None] * len(runs)
@@ -279,19 +280,6 @@ class TorchPrimary:
                 self._advance(run, outcome, run_logits)
             if run.sequence.num_computed <= run.sequence.num_prompt_tokens:
                 self.metrics.prompt_tokens.inc(num_verified)
-
-    def _verify(self, runs: list[Run], logits: Tensor) -> list[Verified]:
-        """What each run yields; nothing for a prompt chunk that is not the last."""
-        blocks, row = [], 0
-        for run in runs:
-            if run.num_logits:
-                sequence = run.sequence
-                blocks.append(Block(sequence.token_ids, run.draft_token_ids, sequence.request.sampling, row))
-                row += run.num_logits
-        before = self._chooser.num_near_ties
-        verified = iter(self._chooser.verify(blocks, logits) if blocks else ())
-        self.metrics.near_ties.inc(self._chooser.num_near_ties - before)
-        return [next(verified) if run.num_logits else Verified(0, []) for run in runs]
 
     def _advance(self, run: Run, outcome: Verified, logits: Tensor) -> None:
         """Emits a sequence's new tokens, and ends it where they do. logits [G + 1, V] are those that chose them."""
