@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tandem_serve.errors import ConfigError, TandemError
+from tandem_serve.cli_errors import reported
+from tandem_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from tandem_serve.training.corpus import Document
@@ -68,7 +67,7 @@ def primary(
     from tandem_serve.training.tokenizer import END_OF_TEXT_ID
     from tandem_serve.training.trainer import TrainerConfig
 
-    with _errors():
+    with reported():
         _set_threads(threads)
         training, held_out = _split(data)
         shape = DecoderConfig(
@@ -140,7 +139,7 @@ def drafter(
     from tandem_serve.training.primary import BatchConfig
     from tandem_serve.training.trainer import TrainerConfig
 
-    with _errors():
+    with reported():
         _set_threads(threads)
         training, held_out = _split(data)
         config = DrafterConfig(
@@ -190,7 +189,7 @@ def evaluate(
     """Measure drafters on held-out text and on the primary's own greedy continuations; JSON to standard output."""
     from tandem_serve.training.demo import EvaluationSize, evaluate_pair
 
-    with _errors():
+    with reported():
         _set_threads(threads)
         folders = {name: Path(folder) for name, _, folder in (d.partition("=") for d in drafters)}
         size = EvaluationSize(num_prompts=limit, block_length=block_length)
@@ -201,7 +200,7 @@ def evaluate(
 def demo(
     runs: Annotated[Path, typer.Option(help="Folder of the two runs' states and logs.")] = Path("runs/demo"),
     out: Annotated[Path, typer.Option(help="Where the finished pair goes.")] = Path("models/demo"),
-    primary_tokens: Tokens = "3M",
+    primary_tokens: Tokens = "2.6M",
     drafter_tokens: Tokens = "1.5M",
     threads: Threads = 0,
     compile: Compile = True,
@@ -228,7 +227,7 @@ def demo(
         compile=compile,
         quiet=quiet,
     )
-    with _errors():
+    with reported():
         report = assemble_demo(runs / "primary", runs / "drafters", out)
     typer.echo(json.dumps(report["tandem_against_plain"], indent=2))
 
@@ -245,16 +244,6 @@ def _set_threads(threads: int) -> None:
 
     if threads:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Shows what we raise on purpose as one line, without a traceback."""
-    try:
-        yield
-    except TandemError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def parse_tokens(text: str) -> int:
