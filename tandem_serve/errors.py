@@ -1,13 +1,13 @@
 """Every exception that tandem-serve raises on purpose.
 
-    TandemError
-    ├── InvalidRequest        the caller's fault: names the field and the remedy   HTTP 400  INVALID_ARGUMENT
-    ├── ModelMismatch         two peers hold models that do not fit together       HTTP 409  FAILED_PRECONDITION
-    ├── CheckpointError       a checkpoint that cannot be loaded, and why          (start-up)
-    ├── ConfigError           a YAML or flag that cannot be used, and why          (start-up)
-    ├── Overloaded            queues are full; try again after retry_after_s       HTTP 429  RESOURCE_EXHAUSTED
-    ├── Unavailable           a pool has no replica that can serve right now       HTTP 503  UNAVAILABLE
-    └── RequestAborted        the request ended before its text did                HTTP 499  CANCELLED
+TandemError
+├── InvalidRequest        the caller's fault: names the field and the remedy   HTTP 400  INVALID_ARGUMENT
+├── ModelMismatch         two peers hold models that do not fit together       HTTP 409  FAILED_PRECONDITION
+├── CheckpointError       a checkpoint that cannot be loaded, and why          (start-up)
+├── ConfigError           a YAML or flag that cannot be used, and why          (start-up)
+├── Overloaded            queues are full; try again after retry_after_s       HTTP 429  RESOURCE_EXHAUSTED
+├── Unavailable           a pool has no replica that can serve right now       HTTP 503  UNAVAILABLE
+└── RequestAborted        the request ended before its text did                HTTP 499  CANCELLED
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TandemError(Exception):
 class InvalidRequest(TandemError):
     """A request that can never succeed as it stands.
 
-    `field` is the offending field as the caller spelt it ("temperature", "prompt[2]"), or "" where no single one is at fault.
+    `field` is the offending field as the caller spelt it ("temperature", "prompt[2]"), or "" where no one field is.
     """
 
     def __init__(self, message: str, *, field: str = "") -> None:

@@ -1,6 +1,6 @@
 """The seams of the system as protocols. engine/ and rpc/ meet here and nowhere else; serving/ joins them.
 
-    client ─▶ router ─▶ Primary.generate ─▶ engine ─▶ DrafterLink ─▶ (gRPC or in process) ─▶ Drafter
+client ─▶ router ─▶ Primary.generate ─▶ engine ─▶ DrafterLink ─▶ (gRPC or in process) ─▶ Drafter
 """
 
 from __future__ import annotations
