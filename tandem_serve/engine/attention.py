@@ -73,10 +73,15 @@ class RaggedAttention:
         """One span: q [H, n, D], k and v [Hkv, n, D] -> [1, H, n, D]."""
         targets[2 * layer].copy_(k)
         targets[2 * layer + 1].copy_(v)
+        keys, values = seen.planes[2 * layer], seen.planes[2 * layer + 1]
+        if self._grouped and q.shape[1] == 1:
+            # A group's heads see the same keys from the same position: so many queries of one head to the kernel.
+            by_group = q.view(1, keys.shape[1], -1, q.shape[2])
+            return F.scaled_dot_product_attention(by_group, keys, values).view(1, -1, 1, q.shape[2])
         return F.scaled_dot_product_attention(
             q.unsqueeze(0),
-            seen.planes[2 * layer],
-            seen.planes[2 * layer + 1],
+            keys,
+            values,
             attn_mask=seen.mask,
             is_causal=seen.is_causal,
             enable_gqa=self._grouped,

@@ -50,12 +50,12 @@ class TokenChooser:
             return [_NOTHING] * len(runs)
         choice = choose_token_ids(logits, _sampling_rows(blocks, logits.device))
         ends = list(itertools.accumulate(block.num_logits for block in blocks))
-        flat_targets, flat_margins = choice.token_ids.tolist(), choice.margins.tolist()
-        targets = [flat_targets[end - block.num_logits : end] for block, end in zip(blocks, ends, strict=True)]
-        if min(flat_margins) < self._tie_margin:
+        flat = choice.token_ids.tolist()
+        targets = [flat[end - block.num_logits : end] for block, end in zip(blocks, ends, strict=True)]
+        if self._tie_margin > 0 and min(margins := choice.margins.tolist()) < self._tie_margin:
             for block, end, own in zip(blocks, ends, targets, strict=True):
                 rows = slice(end - block.num_logits, end)
-                self._settle_near_ties(block, logits[rows], own, flat_margins[rows])
+                self._settle_near_ties(block, logits[rows], own, margins[rows])
         width = max(block.num_logits for block in blocks)
         verdict = accept_prefix(
             torch.tensor([_padded(block.draft_token_ids, width - 1) for block in blocks], dtype=torch.int64),

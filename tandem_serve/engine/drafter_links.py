@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Drafter:
+class DrafterPeer:
     """One drafter as the primary sees it."""
 
     link: DrafterLink
@@ -33,10 +33,10 @@ class DrafterLinks:
         self._factory = factory
         self._primary = primary
         self._wake = wake
-        self._drafters: dict[str, Drafter] = {}
+        self._drafters: dict[str, DrafterPeer] = {}
         self._taps: tuple[int, ...] = ()
 
-    def __iter__(self) -> Iterator[Drafter]:
+    def __iter__(self) -> Iterator[DrafterPeer]:
         return iter(self._drafters.values())
 
     def know(self, address: str) -> None:
@@ -46,7 +46,7 @@ class DrafterLinks:
             known.is_known = True
         elif self._factory is not None:
             try:
-                self._drafters[address] = Drafter(self._factory(address, self._primary, self._wake))
+                self._drafters[address] = DrafterPeer(self._factory(address, self._primary, self._wake))
             except Exception:  # an address that is none, say: the sequences that name it go on without
                 _log.exception("no link to drafter %r", address)
 
@@ -69,7 +69,7 @@ class DrafterLinks:
             self._taps = tuple(sorted({tap for info in infos for tap in info.taps}))
         return self._taps
 
-    def pick(self, preferred: str | None, fits: Callable[[DrafterInfo], bool]) -> Drafter | None:
+    def pick(self, preferred: str | None, fits: Callable[[DrafterInfo], bool]) -> DrafterPeer | None:
         """The drafter for one more sequence: the preferred one, else the least busy; ready and fitting. Or None."""
         if preferred is not None and (drafter := self._drafters.get(preferred)) is not None:
             info = drafter.ready_info()
@@ -78,7 +78,7 @@ class DrafterLinks:
         usable = [d for d in self if d.is_known and (info := d.ready_info()) is not None and fits(info)]
         return min(usable, key=lambda d: d.num_attached, default=None)
 
-    def leave(self, drafter: Drafter) -> None:
+    def leave(self, drafter: DrafterPeer) -> None:
         """One sequence no longer drafts there."""
         drafter.num_attached -= 1
         self._close_if_unused(drafter)
@@ -99,7 +99,7 @@ class DrafterLinks:
             drafter.link.close()
         self._drafters.clear()
 
-    def _close_if_unused(self, drafter: Drafter) -> None:
+    def _close_if_unused(self, drafter: DrafterPeer) -> None:
         if not drafter.is_known and drafter.num_attached == 0:
             drafter.link.close()
             if self._drafters.get(drafter.link.address) is drafter:

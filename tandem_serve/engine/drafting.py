@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tandem_serve.config import PrimaryEngineConfig
 from tandem_serve.decoding.block_policy import BlockPolicy
-from tandem_serve.engine.drafter_links import Drafter, DrafterLinks
+from tandem_serve.engine.drafter_links import DrafterLinks, DrafterPeer
 from tandem_serve.engine.outbox import Outbox
 from tandem_serve.engine.representation_log import RepresentationMemory
 from tandem_serve.engine.sequence import Attachment, Sequence, Speculation
@@ -151,7 +151,7 @@ class DraftCoordinator:
         rounds = (s.speculation.attachment for s in sequences if s.speculation is not None)
         return min((a.deadline_s for a in rounds if a is not None and a.num_asked and a.drafts is None), default=None)
 
-    def _take_in(self, sequence: Sequence, drafter: Drafter, event: DraftEvent, now_s: float) -> None:
+    def _take_in(self, sequence: Sequence, drafter: DrafterPeer, event: DraftEvent, now_s: float) -> None:
         """One event, if it is meant for the sequence's present life and round; late and repeated ones are dropped."""
         spec = sequence.speculation
         attachment = spec.attachment if spec is not None else None

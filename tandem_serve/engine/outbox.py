@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tandem_serve.engine.drafter_links import Drafter
+from tandem_serve.engine.drafter_links import DrafterPeer
 from tandem_serve.interfaces import LinkState
 from tandem_serve.types import CloseSequence, DrafterCommand, credit_cost_bytes
 
@@ -14,7 +14,7 @@ MAX_MESSAGE_BYTES = 16 << 20  # as credit_cost_bytes counts; what does not fit g
 class Message:
     """Commands for one drafter, and the credit left for more."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: DrafterPeer) -> None:
         self.drafter = drafter
         self.num_bytes_left = min(drafter.link.credit_bytes(), MAX_MESSAGE_BYTES)
         self.commands: list[DrafterCommand] = []
@@ -32,7 +32,7 @@ class Message:
 class _Closing(NamedTuple):
     """A CloseSequence on its way. Void under another epoch: the drafter has forgotten by itself."""
 
-    drafter: Drafter
+    drafter: DrafterPeer
     epoch: int
     command: CloseSequence
 
@@ -41,13 +41,13 @@ class Outbox:
     """Collects a step's commands; keeps CloseSequences until there is credit for them."""
 
     def __init__(self) -> None:
-        self._messages: dict[Drafter, Message] = {}
+        self._messages: dict[DrafterPeer, Message] = {}
         self._closing: list[_Closing] = []
 
-    def close_sequence(self, drafter: Drafter, epoch: int, command: CloseSequence) -> None:
+    def close_sequence(self, drafter: DrafterPeer, epoch: int, command: CloseSequence) -> None:
         self._closing.append(_Closing(drafter, epoch, command))
 
-    def message_to(self, drafter: Drafter) -> Message:
+    def message_to(self, drafter: DrafterPeer) -> Message:
         """This step's message to a drafter that is ready."""
         message = self._messages.get(drafter)
         if message is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tandem_serve.engine.drafter_links import Drafter
+from tandem_serve.engine.drafter_links import DrafterPeer
 from tandem_serve.engine.kv_cache import KvBuffer
 from tandem_serve.engine.representation_log import RepresentationLog
 from tandem_serve.errors import TandemError
@@ -20,7 +20,7 @@ Sink = Callable[[GenerationStep | TandemError], None]
 class Attachment:
     """One life of a sequence at one drafter. A block answers it only if incarnation and round are these."""
 
-    drafter: Drafter
+    drafter: DrafterPeer
     epoch: int  # of the link when it was opened; under another one the drafter knows nothing of it
     incarnation: int
     round: int = 0
