@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tandem_serve import cli_bench, cli_complete, cli_serve, cli_train
+from tandem_serve import cli_bench, cli_complete, cli_demo, cli_serve, cli_train
 
 app = typer.Typer(
     name="tandem-serve",
@@ -13,6 +13,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.command("demo")(cli_demo.demo)
 app.command("up")(cli_serve.up)
 app.command("status")(cli_serve.status)
 app.command("complete")(cli_complete.complete)

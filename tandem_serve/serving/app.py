@@ -16,15 +16,9 @@ from ray.serve import Application
 
 from tandem_serve.config import ClusterConfig, DrafterPool, PrimaryPool, RouterPool
 from tandem_serve.serving.discovery import REQUEST_ROUTER_PATH
-from tandem_serve.serving.replicas import (
-    DRAFTER,
-    DRAIN_TIMEOUT_S,
-    PRIMARY,
-    ROUTER,
-    DrafterDeployment,
-    PrimaryDeployment,
-    RouterDeployment,
-)
+from tandem_serve.serving.pool_replicas import DRAIN_TIMEOUT_S, DrafterDeployment, PrimaryDeployment
+from tandem_serve.serving.registry import DRAFTER, PRIMARY, ROUTER
+from tandem_serve.serving.router_replica import RouterDeployment
 
 GRPC_SERVICER_FUNCTIONS = [
     "tandem_serve.rpc._gen.tandem.v1.inference_pb2_grpc.add_InferenceServiceServicer_to_server",

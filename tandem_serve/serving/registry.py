@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+PRIMARY, DRAFTER, ROUTER = "Primary", "Drafter", "Router"  # deployments; each is the only one of its application
+ADDRESS = "address"  # key of a drafter's metadata
 
 Replicas = Mapping[str, Mapping[str, Any]]  # replica id -> what it published of itself
 Watcher = Callable[[Replicas], None]
@@ -34,18 +40,30 @@ class ReplicaRegistry:
             for watcher in self._watchers.get(application, []):
                 watcher(replicas)  # under the lock: in order
 
-    def watch(self, application: str, watcher: Watcher) -> Callable[[], None]:
-        """Calls watcher now, if anything is known, and with every change. It must not block. Returns how to stop."""
+    def watch(self, application: str, watcher: Watcher) -> None:
+        """Calls watcher now, if anything is known, and with every change. It must not block."""
         with self._lock:
             self._watchers.setdefault(application, []).append(watcher)
             if application in self._replicas:
                 watcher(self._replicas[application])
 
-        def stop() -> None:
-            with self._lock:
-                self._watchers[application].remove(watcher)
-
-        return stop
-
 
 REGISTRY = ReplicaRegistry()
+
+
+def discover(deployment: str, application: str, watcher: Watcher) -> DeploymentHandle[Any]:
+    """Calls watcher with a deployment's replicas, now and with every change, on any thread, while the handle lives.
+
+    The deployment may not exist yet.
+    """
+    from ray import serve
+
+    REGISTRY.watch(application, watcher)
+    handle = serve.get_deployment_handle(deployment, application, _check_exists=False)
+    handle.info.remote()  # a handle makes its request router, and so learns the replicas, with its first call
+    return handle
+
+
+def drafter_addresses(found: Replicas) -> list[str]:
+    """Where the drafters listen."""
+    return [metadata[ADDRESS] for metadata in found.values() if ADDRESS in metadata]

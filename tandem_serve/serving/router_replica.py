@@ -1,27 +1,20 @@
-"""The three replica classes as Ray Serve runs them, undecorated (app.py makes deployments of them).
-
-What they add to primary.py, drafter.py and openai_api.py is Serve's own: discovery, metadata, reconfiguration without a
-restart, and draining, which Serve does for its own requests but not for our streams.
-"""
+"""The router as Ray Serve runs it, undecorated (app.py makes a deployment of it). Needs no torch."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-import ray
 from fastapi import FastAPI
-from ray import serve
 
-from tandem_serve.config import DrafterPool, PrimaryPool, RouterPool
+from tandem_serve.config import RouterPool
 from tandem_serve.rpc import inference_server
 from tandem_serve.rpc.statuses import set_status
-from tandem_serve.serving.drafter import DrafterReplica
 from tandem_serve.serving.front_end import build_front_end
 from tandem_serve.serving.openai_api import create_app
-from tandem_serve.serving.primary import PrimaryReplica
-from tandem_serve.serving.registry import REGISTRY, Replicas
+from tandem_serve.serving.registry import DRAFTER, PRIMARY, Replicas, discover, drafter_addresses
 from tandem_serve.serving.router import PairingRouter
 from tandem_serve.serving.serve_client import ServePrimary
 
@@ -31,39 +24,7 @@ if TYPE_CHECKING:
 
     from tandem_serve.rpc._gen.tandem.v1 import inference_pb2
 
-PRIMARY, DRAFTER, ROUTER = "Primary", "Drafter", "Router"  # deployments; each is the only one of its application
-DRAIN_TIMEOUT_S = 20.0  # for sequences that run when a replica is told to go
 METRICS_TIMEOUT_S = 2.0
-ADDRESS = "address"  # key of a drafter's metadata
-
-
-class PrimaryDeployment(PrimaryReplica):
-    """A primary that links to whichever drafters are up."""
-
-    def __init__(self, pool: PrimaryPool, drafter_application: str | None) -> None:
-        super().__init__(pool.model, pool.engine, num_threads=pool.resources.num_threads)
-        if drafter_application is not None:
-            self._drafters = discover(DRAFTER, drafter_application, lambda found: self.set_drafters(_addresses(found)))
-
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        self.set_block_length(int(user_config["block_length"]))
-
-    async def __del__(self) -> None:
-        await self.close(DRAIN_TIMEOUT_S)
-
-
-class DrafterDeployment(DrafterReplica):
-    """A drafter that publishes its address. It listens on the address of its node alone."""
-
-    def __init__(self, pool: DrafterPool) -> None:
-        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        super().__init__(pool.model, pool.engine, num_threads=pool.resources.num_threads, host=host)
-
-    def record_replica_metadata(self) -> dict[str, str]:
-        return {ADDRESS: self.address}
-
-    async def __del__(self) -> None:
-        await asyncio.to_thread(self.close)
 
 
 class RouterDeployment:
@@ -85,8 +46,9 @@ class RouterDeployment:
         self, message: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:
-            async for response in inference_server.generate(self._front_end.service, message):
-                yield response
+            async with aclosing(inference_server.generate(self._front_end.service, message)) as responses:
+                async for response in responses:
+                    yield response
         except Exception as error:
             set_status(grpc_context, error)
             raise
@@ -138,24 +100,9 @@ class RouterDeployment:
 
     def _set_drafters(self, found: Replicas) -> None:
         self._found[DRAFTER] = found
-        self._router.set_drafters(_addresses(found))
-
-
-def discover(deployment: str, application: str, watcher: Callable[[Replicas], None]) -> DeploymentHandle[Any]:
-    """Calls watcher with a deployment's replicas, now and with every change, on any thread, while the handle lives.
-
-    The deployment may not exist yet.
-    """
-    REGISTRY.watch(application, watcher)
-    handle = serve.get_deployment_handle(deployment, application, _check_exists=False)
-    handle.info.remote()  # a handle makes its request router, and so learns the replicas, with its first call
-    return handle
+        self._router.set_drafters(drafter_addresses(found))
 
 
 async def _metrics_of(handle: DeploymentHandle[Any], replica_id: str) -> str:
     text: str = await handle.metrics.remote(replica_id=replica_id)
     return text
-
-
-def _addresses(found: Replicas) -> list[str]:
-    return [metadata[ADDRESS] for metadata in found.values() if ADDRESS in metadata]
