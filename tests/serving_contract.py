@@ -52,6 +52,20 @@ class Cluster:
     def text(self, prompt: str = PROMPT, **body: Any) -> str:
         return str(self.complete(prompt, **body)["choices"][0]["text"])
 
+    def text_while(self, disturb: Callable[[], None], prompt: str = PROMPT, **body: Any) -> str:
+        """A streamed completion's text; `disturb` is called once, after the first few events."""
+        body = {"model": self.model, "prompt": prompt, "temperature": 0, "stream": True, **body}
+        pieces: list[str] = []
+        with httpx.stream("POST", f"{self.http}/v1/completions", json=body, timeout=120) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    assert "error" not in event, event
+                    pieces.append(event["choices"][0]["text"])
+                    if len(pieces) == 5:
+                        disturb()
+        return "".join(pieces)
+
     def num_running(self) -> int:
         """Sequences at all primaries."""
         status = httpx.get(f"{self.http}/status", timeout=10).json()

@@ -96,8 +96,10 @@ class PairingRouter:
     with the same seed, and goes on with the very token that was due (noise belongs to positions, not to replicas).
     """
 
-    def __init__(self, *, failover_timeout_s: float = 15.0) -> None:
-        self._failover_timeout_s = failover_timeout_s  # how long a sequence waits for a primary that can serve
+    def __init__(self, *, start_timeout_s: float = 10.0, failover_timeout_s: float = 60.0) -> None:
+        """How long a sequence waits for a primary that can serve: before its first token, and once it has run."""
+        self._start_timeout_s = start_timeout_s
+        self._failover_timeout_s = failover_timeout_s
         self._clients: dict[str, Primary] = {}
         self._primaries = Pool()
         self._drafters = Pool()
@@ -155,7 +157,7 @@ class PairingRouter:
         delivered: list[int] = []
         failed: set[str] = set()
         attempt = 0
-        deadline = asyncio.get_running_loop().time() + self._failover_timeout_s
+        deadline = asyncio.get_running_loop().time() + self._start_timeout_s
         reason = "no primary is known"
         while True:
             name = await self._pick_primary(failed, deadline, reason)

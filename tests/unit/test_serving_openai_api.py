@@ -33,7 +33,7 @@ CHATML = (
 
 
 def app_over(primary: ScriptedPrimary, chat_folder: Path | None = None) -> Any:
-    router = PairingRouter(failover_timeout_s=0.0)
+    router = PairingRouter(start_timeout_s=0.0)
     router.set_primaries({"p0": primary})
     limits = RouterLimits(max_n=4, max_prompts=3, max_logprobs=5, max_body_bytes=4096)
     service = TextCompletion(router, TOKENIZER, model_name="m", eos_token_ids=(END_OF_TEXT_ID,), limits=limits)

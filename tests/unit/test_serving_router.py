@@ -26,7 +26,7 @@ async def tokens_of(router: PairingRouter, max_tokens: int = 8) -> tuple[list[in
 
 
 def router_of(*primaries: ScriptedPrimary, drafters: tuple[str, ...] = (), timeout_s: float = 5.0) -> PairingRouter:
-    router = PairingRouter(failover_timeout_s=timeout_s)
+    router = PairingRouter(start_timeout_s=timeout_s, failover_timeout_s=timeout_s)
     router.set_primaries({f"p{index}": primary for index, primary in enumerate(primaries)})
     router.set_drafters(drafters)
     return router
