@@ -57,7 +57,7 @@ class DrafterEngineConfig(_Part):
     idle_timeout_s: float = Field(60.0, gt=0)  # a sequence not heard of for so long is dropped
     representation_dtype: Literal["bf16", "int8", "f32"] = "bf16"
     credit_bytes: int = Field(64 << 20, ge=1 << 16)  # a stream's bytes in flight
-    max_message_bytes: int = Field(64 << 20, ge=1 << 16)
+    max_message_bytes: int = Field(64 << 20, ge=16 << 20)  # a primary sends at most 4 Mi values of one sequence at once
 
 
 class PrimaryPool(_Part):

@@ -115,7 +115,7 @@ class GrpcDrafterLink:
     def send(self, commands: Sequence[DrafterCommand]) -> None:
         """Encodes and queues; see interfaces.DrafterLink.
 
-        Commands beyond the credit are dropped and logged: the drafter would end the stream.
+        Commands beyond the credit or the drafter's longest message are dropped and logged: it would end the stream.
         """
         connection = self._connection
         if connection is None or not commands:
@@ -163,6 +163,9 @@ class GrpcDrafterLink:
                 reason = f"malformed answer: {error}"
             except Unavailable as error:
                 reason = str(error)
+            except Exception as error:  # a thread that died would leave the link in whatever state it was
+                logger.exception("drafter %s: unexpected error on its link", self._address)
+                reason = repr(error)
             failures = 1 if self._epoch != epoch else failures + 1
             self._disconnected(reason, failures)
             ceiling = min(self._options.max_backoff_s, self._options.min_backoff_s * 2.0 ** min(failures - 1, 16))
@@ -280,9 +283,7 @@ def _messages(commands: Sequence[DrafterCommand], terms: DrafterTerms) -> list[b
         if len(message) <= terms.max_message_bytes:
             return [message]
         if len(commands) == 1:
-            raise InvalidRequest(
-                f"one command of {len(message)} bytes; the drafter takes messages of {terms.max_message_bytes}",
-                field="representations",
-            )
+            logger.error("a command of %d bytes dropped, the drafter takes %d", len(message), terms.max_message_bytes)
+            return []
     half = len(commands) // 2
     return [*_messages(commands[:half], terms), *_messages(commands[half:], terms)]

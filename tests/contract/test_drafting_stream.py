@@ -237,10 +237,14 @@ def test_representations_arrive_as_they_were_sent(
 
 
 def test_a_message_beyond_the_drafters_limit_goes_in_parts(drafter: ScriptedDrafter, serve: Any, connect: Any) -> None:
-    link, wake = connect(serve(drafter, DrafterEngineConfig(max_message_bytes=1 << 16)).address)
+    wide = replace(DRAFTER, taps=(4,), primary_hidden_size=1 << 16)
+    drafter.info = wide
+    link, wake = connect(
+        serve(drafter, DrafterEngineConfig(max_message_bytes=16 << 20)).address, replace(PRIMARY, hidden_size=1 << 16)
+    )
     ready(link, wake)
-    names = [f"s{i}" for i in range(40)]  # 40 x 100 positions x 32 bytes
-    link.send([opened(name) for name in names] + [extended(name, token_ids=(1,) * 100) for name in names])
+    names = [f"s{i}" for i in range(5)]  # 5 x 40 positions x 128 KiB
+    link.send([opened(name) for name in names] + [extended(name, token_ids=(1,) * 40, drafter=wide) for name in names])
     found = events(link, wake, len(names))
     assert [event.sequence_id for event in found if isinstance(event, DraftBlock)] == names
     assert link.epoch == 1
@@ -413,9 +417,9 @@ def test_a_malformed_message_ends_its_stream_alone(
 
 
 def test_a_message_too_long_ends_its_stream(drafter: ScriptedDrafter, serve: Any, raw: Any) -> None:
-    stream = raw(serve(drafter, DrafterEngineConfig(max_message_bytes=1 << 16)).address)
+    stream = raw(serve(drafter, DrafterEngineConfig(max_message_bytes=16 << 20)).address)
     stream.hello()
-    stream.say(b"\0" * (1 << 17))
+    stream.say(b"\0" * (17 << 20))
     assert stream.status()[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

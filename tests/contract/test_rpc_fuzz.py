@@ -32,6 +32,7 @@ from tests.unit.scripted_primary import ScriptedPrimary
 
 OURS = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION}
 NUM_EXAMPLES = 1000
+pytestmark = pytest.mark.slow
 many = settings(max_examples=NUM_EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
 
 PRIMARY = tiny_primary()[1]
