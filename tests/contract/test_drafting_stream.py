@@ -437,6 +437,22 @@ def test_an_engine_that_fails_ends_the_stream_and_says_no_more_than_that(serve: 
     assert "secret" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "nonsense", [DraftBlock("a", 1, 1, (1_000,)), DraftBlock("a", 1, 1, (1,) * 65)], ids=["unknown token", "too long"]
+)
+def test_a_primary_hangs_up_on_a_drafter_that_talks_nonsense(
+    nonsense: DraftBlock, drafter: ScriptedDrafter, serve: Any, connect: Any, caplog: Any
+) -> None:
+    link, wake = connect(serve(drafter).address)
+    ready(link, wake)
+    drafter.wait_until(lambda: bool(drafter.peers))
+    (peer,) = drafter.peers.values()
+    peer.deliver([nonsense])
+    ready(link, wake, epoch=2)  # it may have come to its senses
+    assert "draft_token_ids" in caplog.text
+    assert link.receive() == []
+
+
 # ------------------------------------------------------------------ coming and going
 
 
