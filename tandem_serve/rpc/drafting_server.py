@@ -86,7 +86,7 @@ class DraftingServer:
         try:
             primary = parse_primary_hello(fields.parse(drafting_pb2.DraftRequest, next(requests)))
             self._drafter.check_primary(primary)
-        except StopIteration:
+        except (StopIteration, grpc.RpcError):  # gone without a word
             return
         except TandemError as error:
             status = status_of(error)
