@@ -60,6 +60,10 @@ def gumbel_noise(
     return uniforms.log_().neg_().log_().neg_()
 
 
+# In raw logits: what Choice.margins guards filters against. Float32 sums differ by about 1e-5 between batch shapes.
+FILTER_DRIFT = 1e-4
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
     """How each row of one batch of logits is chosen, as tensors. Greedy rows carry nothing: an argmax needs nothing.
@@ -76,7 +80,9 @@ class SamplingRows:
     seeds: Tensor  # [S] int64
     positions: Tensor  # [S] int64, of the token being chosen
     filters: frozenset[str]  # which of "min_p", "top_k", "top_p" any row uses
-    num_ranked: int | None  # how many of the best ids top_k and top_p can need; None: of a row without top_k, all
+    num_ranked: (
+        int | None
+    )  # how many of the best ids top_k and top_p can need, and one; None: of a row without top_k, all
 
     @classmethod
     def from_params(
@@ -113,7 +119,7 @@ class SamplingRows:
             seeds=integers[:, 1],
             positions=integers[:, 2],
             filters=frozenset(filters),
-            num_ranked=max(top_ks, default=0) if all(top_ks) else None,
+            num_ranked=max(top_ks, default=0) + 1 if all(top_ks) else None,
         )
 
     def advanced(self) -> SamplingRows:
@@ -132,7 +138,8 @@ class Choice:
     def margins(self) -> Tensor:
         """[N] float64: best minus second best score, in units of raw logits; inf where only one id was left.
 
-        It says how far the logits of two ids may drift (another batch, kernel or dtype) before the choice changes.
+        It says how far the logits of two ids may drift (another batch, kernel or dtype) before the choice changes. 0
+        where a drift of FILTER_DRIFT could change it by moving an id across a filter's edge.
         Worked out on each access, from the logits themselves: ask before their buffer is written again.
         """
         return self._margins()
@@ -176,8 +183,15 @@ def _lead(scores: Tensor) -> Tensor:
 def _sample(logits: Tensor, rows: SamplingRows) -> Choice:
     """argmax(filtered(logits) / T + noise), all rows [S, V] sampled."""
     noise = gumbel_noise(rows.seeds, rows.positions, logits.shape[-1])
-    choice = _choose(noise.add_(filtered_scores(logits, rows)))
-    return Choice(choice.token_ids, lambda: choice.margins * rows.temperature[:, 0])
+    choice = _choose(filtered_scores(logits, rows).add_(noise))
+
+    def margins() -> Tensor:
+        lead = choice.margins * rows.temperature[:, 0]
+        if not rows.filters:
+            return lead
+        return torch.where(_is_clear_of_edges(_scores(logits, rows), noise, rows, choice.token_ids), lead, 0.0)
+
+    return Choice(choice.token_ids, margins)
 
 
 def filtered_scores(
@@ -185,37 +199,66 @@ def filtered_scores(
     rows: SamplingRows,
 ) -> Tensor:
     """logits / T, less each row's best: [S, V] float64, -inf where a filter drops the id. Its softmax is sampled."""
-    best = logits.amax(dim=-1, keepdim=True)
-    # Relative to the best id, whose score is exactly 0 whatever its logit: neither inf - inf nor a tiny T overflows.
-    scores = torch.where(logits == best, 0.0, logits.double() - best).div_(rows.temperature)
+    scores = _scores(logits, rows)
     if rows.filters:
         scores.masked_fill_(scores < _score_floor(scores, rows), -torch.inf)
     return scores
 
 
-def _score_floor(scores: Tensor, rows: SamplingRows) -> Tensor:
+def _scores(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """logits / T, less each row's best, before any filter."""
+    best = logits.amax(dim=-1, keepdim=True)
+    # Relative to the best id, whose score is exactly 0 whatever its logit: neither inf - inf nor a tiny T overflows.
+    return torch.where(logits == best, 0.0, logits.double() - best).div_(rows.temperature)
+
+
+def _is_clear_of_edges(scores: Tensor, noise: Tensor, rows: SamplingRows, token_ids: Tensor) -> Tensor:
+    """Rows [S] whose choice stays the same should logits drift by FILTER_DRIFT: kept by slightly stricter filters too,
+    and still the best under slightly looser ones."""
+    slack = (FILTER_DRIFT / rows.temperature).clamp(max=1e9)
+    strictest = _score_floor(scores, rows, -slack)
+    if scores.shape[-1] > 1:  # no filter ever drops the best id: where it leads by slack, it stays both
+        strictest = strictest.minimum(scores.topk(2, dim=-1).values[:, 1:] + slack)
+    is_kept = scores.gather(-1, token_ids[:, None]) >= strictest
+    loosened = (scores + noise).masked_fill_(scores < _score_floor(scores, rows, slack), -torch.inf)
+    return is_kept[:, 0] & (loosened.argmax(dim=-1) == token_ids)
+
+
+def _score_floor(scores: Tensor, rows: SamplingRows, slack: Tensor | None = None) -> Tensor:
     """The score [S, 1] below which a row's filters drop an id: each of the three keeps a top part of the ranking.
 
     scores [S, V] are logits / T with 0 for the best id. Ids that tie with the last one kept are kept too, so that
     neither sort order nor batch decides. top_p is of the mass that min_p and top_k have left, as in vLLM.
+
+    With a slack [S, 1]: the lowest floor that the scores could have after drifting by so much, where it is positive;
+    the highest one where it is negative.
     """
-    floor = rows.min_p.log()  # p / p_best >= min_p, as a difference of scores; -inf where off
+    slack = torch.zeros_like(rows.temperature) if slack is None else slack
+    floor = rows.min_p.log() - slack  # p / p_best >= min_p, as a difference of scores; -inf where off
     if rows.filters == {"min_p"}:
         return floor
     vocab_size = scores.shape[-1]
     ranked = scores.topk(min(rows.num_ranked or vocab_size, vocab_size), dim=-1).values  # [S, R], best first
     if "top_k" in rows.filters:
         in_top_k = torch.where(rows.top_k > 0, rows.top_k, vocab_size)
-        floor = floor.maximum(_value_at_rank(ranked, in_top_k))
+        floor = floor.maximum(_floor_at_rank(ranked, in_top_k, slack))
     if "top_p" in rows.filters:
         weights = ranked.masked_fill(ranked < floor, -torch.inf).exp()
         # Summed over the vocabulary, since R may end among the k-th's ties: the batch must not sway a row.
         mass = scores.masked_fill(scores < floor, -torch.inf).exp().sum(dim=-1, keepdim=True)
-        num_kept = (weights.cumsum(dim=-1) - weights < rows.top_p * mass).sum(dim=-1, keepdim=True)
-        floor = torch.where(rows.top_p < 1, floor.maximum(_value_at_rank(ranked, num_kept)), floor)
+        share = rows.top_p + 2 * slack  # a share of the mass drifts by twice the scores' drift at most, relatively
+        num_kept = (weights.cumsum(dim=-1) - weights < share * mass).sum(dim=-1, keepdim=True)
+        floor = torch.where(rows.top_p < 1, floor.maximum(_floor_at_rank(ranked, num_kept, slack)), floor)
     return floor
 
 
-def _value_at_rank(ranked: Tensor, ranks: Tensor) -> Tensor:
-    """The rank-th best score [S, 1] of rows [S, R] sorted best first; ranks [S, 1] count from 1, past R means R."""
-    return ranked.gather(-1, ranks.clamp(1, ranked.shape[-1]) - 1)
+def _floor_at_rank(ranked: Tensor, ranks: Tensor, slack: Tensor) -> Tensor:
+    """The floor [S, 1] that keeps the `rank` best of rows [S, R] sorted best first; ranks [S, 1] count from 1.
+
+    A rank past R means R. Loosened (slack > 0): whatever comes within slack of the last one is kept, too. Tightened:
+    the last one is kept only where it leads the next by as much.
+    """
+    last = ranked.gather(-1, ranks.clamp(1, ranked.shape[-1]) - 1)
+    following = ranked.gather(-1, ranks.clamp(1, ranked.shape[-1] - 1)) if ranked.shape[-1] > 1 else last
+    tightened = torch.where(ranks < ranked.shape[-1], last.maximum(following - slack), last)
+    return torch.where(slack < 0, tightened, last - slack)

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids, filtered_scores, gumbel_noise
+from tandem_serve.decoding.sampling import (
+    FILTER_DRIFT,
+    SamplingRows,
+    choose_token_ids,
+    filtered_scores,
+    gumbel_noise,
+)
 from tandem_serve.types import SamplingParams
 
 _INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -262,3 +268,34 @@ def test_one_word_vocabulary_and_row_count_mismatch() -> None:
     assert choice.token_ids.tolist() == [0] and choice.margins.tolist() == [math.inf]
     with pytest.raises(ValueError, match="1 sampling rows for 2 rows"):
         choose_token_ids(torch.zeros(2, 4), rows)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_drift_below_the_margin_changes_nothing_filters_included(data: st.DataObject) -> None:
+    """Logits crowd around a few values, so that ids lie at the very edges of top_k, top_p and min_p all the time."""
+    levels = data.draw(st.lists(st.sampled_from([0.0, 1.0, 1.5, 3.0]), min_size=2, max_size=8), "levels")
+    jitter = st.floats(-2 * FILTER_DRIFT, 2 * FILTER_DRIFT)
+    logits = torch.tensor([[level + data.draw(jitter) for level in levels]], dtype=torch.float64)
+    kept = logits.softmax(-1).sort(descending=True).values.cumsum(-1)[0]
+    edge = float(kept[data.draw(st.integers(0, len(levels) - 2), "edge")])
+    params = SamplingParams(
+        temperature=data.draw(st.sampled_from([0.5, 1.0, 2.0]), "temperature"),
+        top_p=data.draw(st.sampled_from([1.0, 0.7, min(edge, 1.0)]), "top_p"),
+        top_k=data.draw(st.integers(0, 8), "top_k"),
+        min_p=data.draw(st.sampled_from([0.0, 0.1, math.exp(-1.5), math.exp(-0.5)]), "min_p"),
+        seed=data.draw(st.integers(0, 2**40), "seed"),
+    )
+    rows = SamplingRows.from_params([(params, 3)])
+    choice = choose_token_ids(logits, rows)
+    bound = min(choice.margins.item(), FILTER_DRIFT) / 2.001  # two ids may move towards each other
+    drift = torch.tensor([[data.draw(st.sampled_from([-1.0, 0.0, 1.0])) for _ in levels]], dtype=torch.float64)
+    moved = choose_token_ids(logits + bound * drift, rows)
+    assert moved.token_ids.item() == choice.token_ids.item()
+
+
+def test_margins_are_rarely_spoilt_by_filters() -> None:
+    """What is not near any edge keeps its lead as margin: recomputing near ties must stay rare."""
+    logits = torch.randn(2000, 300, generator=torch.Generator().manual_seed(3)) * 2
+    rows = SamplingRows.from_params([(SamplingParams(top_p=0.9, top_k=40, min_p=0.01, seed=i), i) for i in range(2000)])
+    assert (choose_token_ids(logits, rows).margins == 0).float().mean() < 0.002
