@@ -39,20 +39,20 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob]) -> list[list[int]]:
     """
     order = sorted(range(len(jobs)), key=lambda index: -jobs[index].block_length)
     ordered = [jobs[index] for index in order]
-    logits = forward(decoder, [Rows(job.kv, job.start, job.token_ids, 1) for job in ordered]).logits
-    token_ids = _choose(logits, ordered, 0)
-    chosen = [token_ids]
-    positions = torch.tensor([job.first_position - 1 for job in ordered], device=decoder.device)
-    num_active = len(ordered)
+    active = ordered
+    logits = forward(decoder, [Rows(job.kv, job.start, job.token_ids, 1) for job in active]).logits
+    positions = torch.tensor([job.first_position - 1 for job in active], device=decoder.device)
+    rows = _sampling_rows(active, 0, decoder.device)
+    chosen = [_choose(logits, rows)]
     for step in range(1, ordered[0].block_length):
-        while ordered[num_active - 1].block_length <= step:
-            num_active -= 1
-        active = ordered[:num_active]
+        rows = rows.advanced()
+        if active[-1].block_length <= step:
+            active = [job for job in active if job.block_length > step]
+            rows = _sampling_rows(active, step, decoder.device)
         spans = [Span(job.kv, job.first_position + step - 1, 1) for job in active]
         attend = RaggedAttention(decoder.config, spans, decoder.dtype)
-        hidden, _ = decoder(token_ids[:num_active], positions[:num_active] + step, attend)
-        token_ids = _choose(decoder.logits(hidden), active, step)
-        chosen.append(token_ids)
+        hidden, _ = decoder(chosen[-1][: len(active)], positions[: len(active)] + step, attend)
+        chosen.append(_choose(decoder.logits(hidden), rows))
     columns = [column.tolist() for column in chosen]  # fetched at the end: a step never waits for the device
     blocks: list[list[int]] = [[] for _ in jobs]
     for rank, index in enumerate(order):
@@ -60,9 +60,11 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob]) -> list[list[int]]:
     return blocks
 
 
-def _choose(logits: Tensor, jobs: Seq[DraftJob], step: int) -> Tensor:
-    """The drafts [B] that follow `step` earlier ones. Greedy needs none of the primary's margins."""
-    if all(job.sampling.temperature == 0 for job in jobs):
-        return logits.argmax(-1)
-    rows = SamplingRows.from_params([(job.sampling, job.first_position + step) for job in jobs], logits.device)
+def _sampling_rows(jobs: Seq[DraftJob], step: int, device: torch.device) -> SamplingRows:
+    """How the drafts that follow `step` earlier ones are chosen."""
+    return SamplingRows.from_params([(job.sampling, job.first_position + step) for job in jobs], device)
+
+
+def _choose(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """One draft a row [B]."""
     return choose_token_ids(logits.float(), rows).token_ids
