@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,8 +23,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.checkpoints import CONFIG, make_drafter, make_primary
+
 PROMPT = "def fib(n):\n"
-LONG = 400  # tokens: a stream that is still running when the next line of the test is
+LONG = 1800  # tokens: a stream that still runs when the next line of the test does
 SERVICE = "tandem.v1.InferenceService"
 
 
@@ -52,25 +55,30 @@ class Cluster:
     def text(self, prompt: str = PROMPT, **body: Any) -> str:
         return str(self.complete(prompt, **body)["choices"][0]["text"])
 
-    def text_while(self, disturb: Callable[[], None], prompt: str = PROMPT, **body: Any) -> str:
-        """A streamed completion's text; `disturb` is called once, after the first few events."""
-        body = {"model": self.model, "prompt": prompt, "temperature": 0, "stream": True, **body}
-        pieces: list[str] = []
-        with httpx.stream("POST", f"{self.http}/v1/completions", json=body, timeout=120) as response:
+    def choices_while(self, disturb: Mapping[int, Callable[[], None]], **body: Any) -> list[dict[str, Any]]:
+        """A streamed completion's choices, one an event, with token ids; disturb[i] is called once i have come."""
+        body = {"model": self.model, "prompt": PROMPT, "stream": True, "return_token_ids": True, **body}
+        choices: list[dict[str, Any]] = []
+        with httpx.stream("POST", f"{self.http}/v1/completions", json=body, timeout=180) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data: "))
                     assert "error" not in event, event
-                    pieces.append(event["choices"][0]["text"])
-                    if len(pieces) == 5:
-                        disturb()
-        return "".join(pieces)
+                    choices.append(event["choices"][0])
+                    disturb.get(len(choices), lambda: None)()
+        return choices
 
     def num_running(self) -> int:
         """Sequences at all primaries."""
         status = httpx.get(f"{self.http}/status", timeout=10).json()
         found = [primary["status"] for primary in status["primaries"] if primary["status"] is not None]
         return sum(each["num_requests_running"] + each["num_requests_waiting"] for each in found)
+
+
+def make_pair(folder: Path) -> tuple[Path, Path]:
+    """A tiny primary with room for LONG tokens, and its drafter."""
+    primary = make_primary(folder / "primary", config=replace(CONFIG, max_position_embeddings=2048))
+    return primary, make_drafter(folder / "drafter", primary)
 
 
 def eventually(holds: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:

@@ -66,7 +66,13 @@ def drafter_app(args: DrafterArgs) -> Application:
 
 
 def router_app(args: RouterArgs) -> Application:
-    deployment = serve.deployment(**_options(ROUTER, args.pool), max_ongoing_requests=args.pool.max_ongoing_requests)
+    limit = args.pool.max_ongoing_requests
+    deployment = serve.deployment(
+        **_options(ROUTER, args.pool),
+        max_ongoing_requests=limit,
+        max_queued_requests=limit,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+    )
     ingress = serve.ingress()(RouterDeployment)
     return deployment(ingress).bind(args.pool, args.model, args.primary_application, args.drafter_application)
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.checkpoints import make_drafter, make_primary
-from tests.serving_contract import Cluster, ServingContract, eventually
+from tests.serving_contract import LONG, Cluster, ServingContract, eventually, make_pair
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -34,7 +33,7 @@ class Up:
     """A running `tandem-serve up`."""
 
     def __init__(self, folder: Path) -> None:
-        make_drafter(folder / "drafter", make_primary(folder / "primary"))
+        make_pair(folder)
         (folder / "cluster.yaml").write_text(FILE)
         self._mark = uuid.uuid4().hex
         self._log = folder / "up.log"
@@ -110,14 +109,16 @@ def cluster(up: Up) -> Cluster:
 
 class TestRayCluster(ServingContract):
     def test_killing_the_drafter_in_mid_stream_changes_no_token(self, up: Up, cluster: Cluster) -> None:
-        body = {"temperature": 0.9, "seed": 3, "max_tokens": 300, "ignore_eos": True}
+        body = {"temperature": 0.9, "seed": 3, "max_tokens": LONG, "ignore_eos": True}
         plain = cluster.text(block_length=0, **body)
         before = up.linked_drafters()
-        assert cluster.text_while(lambda: up.kill_replica("drafter"), **body) == plain
+        choices = cluster.choices_while({5: lambda: up.kill_replica("drafter")}, **body)
+        assert "".join(choice["text"] for choice in choices) == plain
         eventually(lambda: bool(up.linked_drafters() - before), "the drafter's successor is found", REPLACE_TIMEOUT_S)
         eventually(lambda: "metrics" in cluster.complete(), "acceptance comes back")
 
     def test_killing_the_primary_in_mid_stream_changes_no_token(self, up: Up, cluster: Cluster) -> None:
-        body = {"temperature": 0.9, "seed": 4, "max_tokens": 300, "ignore_eos": True}
+        body = {"temperature": 0.9, "seed": 4, "max_tokens": LONG, "ignore_eos": True}
         plain = cluster.text(block_length=0, **body)
-        assert cluster.text_while(lambda: up.kill_replica("primary"), **body) == plain
+        choices = cluster.choices_while({5: lambda: up.kill_replica("primary")}, **body)
+        assert "".join(choice["text"] for choice in choices) == plain
