@@ -35,13 +35,12 @@ def demo(
     from tandem_serve.bench.prompts import held_out_prompts
     from tandem_serve.bench.tables import ProgressBar, print_cluster
     from tandem_serve.cli_complete import complete
-    from tandem_serve.config import load_cluster_config
     from tandem_serve.models.checkpoint import load_tokenizer
-    from tandem_serve.serving.cluster import local_cluster
+    from tandem_serve.serving.cluster import load_cluster, local_cluster
 
     console = Console(stderr=True)
     with reported():
-        config = load_cluster_config(file)
+        config = load_cluster(file)
         router = config.router.model_copy(update={"http_port": 0, "grpc_port": 0})
         config = config.model_copy(update={"router": router})
         primary = Path(config.primary.model)
