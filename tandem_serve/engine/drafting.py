@@ -195,7 +195,8 @@ class DraftCoordinator:
             if spec is None or spec.cooldown_rounds:
                 continue
             attachment = spec.attachment or self._attach(sequence, spec)
-            if attachment is not None and not attachment.num_asked:
+            # Lost since `receive`: there may be another drafter behind the link by now, with other taps.
+            if attachment is not None and not attachment.num_asked and not _is_lost(attachment):
                 speaking.append((spec.log.num_unsent, sequence, spec, attachment))
         speaking.sort(key=itemgetter(0))  # a long catch-up must not use up the credit of short ones
         for _, sequence, spec, attachment in speaking:

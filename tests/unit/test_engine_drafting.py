@@ -140,6 +140,24 @@ def test_a_quick_restart_between_two_steps_is_noticed(right: ScriptedLink, text:
     assert causes(engine) == {"lost": 1}
 
 
+def test_another_drafter_behind_the_link_in_mid_step_costs_no_request(text: tuple[int, ...]) -> None:
+    """Its taps are not those that the sequences remember. The swap falls between a step's receiving and its sending."""
+    link = ScriptedLink(tiny_drafter()[1], oracle({"r": text}))
+    engine, output, clock = started(link)
+    assert link.info is not None and 3 not in link.info.taps
+    other = replace(link.info, taps=(3,))
+
+    def swap(*_: object) -> None:
+        if len(output.steps) == 5 and link.epoch == 1:
+            link.reconnect()
+            link.info = other
+
+    engine.metrics.generation_tokens.inc = swap  # type: ignore[method-assign]  # called for each sequence of a step
+    drive(engine, clock)
+    assert not output.errors
+    assert REQUEST.prompt_token_ids + output.token_ids == text
+
+
 def test_sequences_move_to_another_drafter(text: tuple[int, ...]) -> None:
     links = {name: ScriptedLink(tiny_drafter()[1], oracle({"r": text})) for name in "ab"}
     engine, output, clock = started(links)
