@@ -219,14 +219,14 @@ def add_product(x: Tensor, a: Tensor, matrix: Tensor) -> Tensor:
 
 def causal_attention(config: DecoderConfig, num_tokens: int, device: torch.device | str = "cpu") -> Attend:
     """An Attend over whole sequences [B, T] from position 0, without a cache: training and evaluation."""
-    masks: dict[int | None, Tensor | None] = {None: None}
-    age = torch.arange(num_tokens, device=device)[:, None] - torch.arange(num_tokens, device=device)
+    masks: dict[int | None, Tensor] = {}  # of the windows that hide anything
     for window in set(config.sliding_windows):
-        if window is not None:
-            masks[window] = None if num_tokens <= window else (age >= 0) & (age < window)
+        if window is not None and num_tokens > window:  # only then is there anything as large as [T, T]
+            age = torch.arange(num_tokens, device=device)[:, None] - torch.arange(num_tokens, device=device)
+            masks[window] = (age >= 0) & (age < window)
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = masks[config.sliding_windows[index]]
+        mask = masks.get(config.sliding_windows[index])
         return masked_attention(q, k, v, mask)
 
     return attend
