@@ -12,6 +12,8 @@ Option = tuple[str, int | str]
 
 KEEPALIVE_TIME_MS = 10_000  # a peer that vanished without a word is noticed after this and the timeout
 KEEPALIVE_TIMEOUT_MS = 5_000
+MIN_RECONNECT_BACKOFF_MS = 200  # gRPC's own goes up to two minutes: a replaced peer would be found as late
+MAX_RECONNECT_BACKOFF_MS = 2_000
 
 
 def server_options(max_message_bytes: int) -> list[Option]:
@@ -34,6 +36,9 @@ def channel_options() -> list[Option]:
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", MIN_RECONNECT_BACKOFF_MS),
+        ("grpc.min_reconnect_backoff_ms", MIN_RECONNECT_BACKOFF_MS),
+        ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
         ("grpc.enable_retries", 0),  # a stream with state is never silently replayed
     ]
 
