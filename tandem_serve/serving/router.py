@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Container, Iterable, Iterator, Mappi
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
-from tandem_serve.errors import Overloaded, RequestAborted, Unavailable
+from tandem_serve.errors import Overloaded, RequestAborted, TandemError, Unavailable
 from tandem_serve.interfaces import Primary
 from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
@@ -171,10 +171,11 @@ class PairingRouter:
                             delivered.extend(step.token_ids)
                             yield step
                 return
-            except Overloaded:
+            except Overloaded as error:
                 failed.add(name)
-                if self._primaries.pick(exclude=failed) is None:
-                    raise
+                reason = str(error)
+                if not delivered and self._primaries.pick(exclude=failed) is None:
+                    raise  # one that has been running waits for room instead: its client has text already
             except (Unavailable, RequestAborted) as error:  # nobody but a primary that closes aborts what we run
                 logger.warning("primary %s failed after %d tokens: %s", name, len(delivered), error)
                 failed.add(name)
@@ -219,5 +220,5 @@ def _resumed(request: GenerationRequest, delivered: list[int], attempt: int) -> 
 async def _status_or_none(client: Primary) -> PrimaryStatus | None:
     try:
         return await asyncio.wait_for(client.status(), _STATUS_TIMEOUT_S)
-    except (Unavailable, TimeoutError):
+    except (TandemError, TimeoutError):
         return None

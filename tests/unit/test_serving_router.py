@@ -98,6 +98,22 @@ async def test_without_drafters_the_primary_is_left_to_choose() -> None:
     assert primary.requests[0].drafter_address is None
 
 
+async def test_a_sequence_that_has_text_waits_for_room_where_a_new_one_is_refused() -> None:
+    class FullAtFirst(ScriptedPrimary):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
+            if not self.requests:
+                self.requests.append(request)
+                raise Overloaded("full")
+            async for step in super().generate(request):
+                yield step
+
+    said = list(range(20, 28))
+    failing = ScriptedPrimary(said, error=Unavailable("gone"), error_after=3, prompt_length=3)
+    assert (await tokens_of(router_of(failing, FullAtFirst(said, prompt_length=3))))[0] == said
+    with pytest.raises(Overloaded):
+        await tokens_of(router_of(FullAtFirst(said)))
+
+
 @pytest.mark.parametrize("error_after", [0, 3, 6])
 @pytest.mark.parametrize("error", [Unavailable("gone"), RequestAborted("closing")])
 async def test_another_primary_goes_on_where_one_failed(error: Exception, error_after: int) -> None:
