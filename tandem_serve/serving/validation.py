@@ -11,6 +11,7 @@ from tandem_serve.types import TextRequest
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_BLOCK_LENGTH = 64
+MAX_TOP_K = (1 << 31) - 1  # what the wire carries
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
@@ -20,7 +21,7 @@ def check_text_request(request: TextRequest, limits: RouterLimits) -> None:
     _check_range("temperature", request.temperature, 0, 2)
     if not 0 < request.top_p <= 1:
         raise _out_of_range("top_p", request.top_p, "above 0 and at most 1")
-    _check_range("top_k", request.top_k, 0, INT64_MAX)
+    _check_range("top_k", request.top_k, 0, MAX_TOP_K)
     if not 0 <= request.min_p < 1:
         raise _out_of_range("min_p", request.min_p, "at least 0 and below 1")
     _check_range("seed", request.seed, INT64_MIN, INT64_MAX)

@@ -295,6 +295,7 @@ async def test_neutral_values_of_what_is_not_supported_are_taken(client: httpx.A
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -2}, "top_k"),
+        ({"top_k": 1 << 40}, "top_k"),
         ({"min_p": 1}, "min_p"),
         ({"n": 0}, "n"),
         ({"n": 5}, "n"),
