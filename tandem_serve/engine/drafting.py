@@ -216,16 +216,19 @@ class DraftCoordinator:
         if drafter is None:
             sequence.why_alone = WithoutDraft.NO_DRAFTER
             return None
+        epoch, info = drafter.link.epoch, drafter.link.info  # in this order: whatever changes after is another epoch
+        if info is None or not fits(info):
+            return None
         drafter.num_attached += 1
-        spec.attachment = Attachment(drafter, drafter.link.epoch, next(self._incarnations))
+        spec.attachment = Attachment(drafter, epoch, info, next(self._incarnations))
         return spec.attachment
 
     def _speak(
         self, sequence: Sequence, spec: Speculation, attachment: Attachment, num_running: int, now_s: float
     ) -> None:
         """Tells a drafter what it lacks of a sequence and, where that is everything, asks for a block."""
-        info = attachment.drafter.link.info
-        if spec.log.num_sent < spec.log.start or info is None:
+        info = attachment.info
+        if spec.log.num_sent < spec.log.start:
             self.end(sequence, WithoutDraft.EVICTED)
             return
         block_length = self._block_length(sequence, info, num_running)

@@ -10,7 +10,7 @@ from tandem_serve.engine.kv_cache import KvBuffer
 from tandem_serve.engine.representation_log import RepresentationLog
 from tandem_serve.errors import TandemError
 from tandem_serve.metrics import WithoutDraft
-from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep
+from tandem_serve.types import DrafterInfo, FinishReason, GenerationRequest, GenerationStep
 
 # Receives a request's steps and, where it fails, one error as the last thing. On the engine's thread: must not block.
 Sink = Callable[[GenerationStep | TandemError], None]
@@ -22,6 +22,7 @@ class Attachment:
 
     drafter: DrafterPeer
     epoch: int  # of the link when it was opened; under another one the drafter knows nothing of it
+    info: DrafterInfo  # of that epoch's drafter: there may be another one behind the link at any moment
     incarnation: int
     round: int = 0
     num_asked: int = 0  # drafts asked for in this round; 0: no round is under way
