@@ -14,7 +14,7 @@ from tandem_serve.interfaces import TextService
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import inference_pb2
 from tandem_serve.rpc.convert_inference import generate_response, list_models_response, parse_generate_request
-from tandem_serve.rpc.listening import AioHealth, bind, server_options
+from tandem_serve.rpc.listening import AioServer
 from tandem_serve.rpc.statuses import abort_with
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -48,13 +48,12 @@ async def check(service: TextService, message: health_pb2.HealthCheckRequest) ->
     return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
 
-class InferenceServer:
+class InferenceServer(AioServer):
     """Serves a TextService on the running event loop. A cancelled call closes its stream, which aborts the request."""
 
     def __init__(self, service: TextService, *, host: str = "127.0.0.1", port: int = 0) -> None:
         """Binds the port (0: any free one); serves after start(). Needs a running loop. Raises OSError."""
         self._service = service
-        self._server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES))
         handlers = {
             "Generate": grpc.unary_stream_rpc_method_handler(
                 self._generate,
@@ -67,27 +66,7 @@ class InferenceServer:
                 response_serializer=inference_pb2.ListModelsResponse.SerializeToString,
             ),
         }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        self._health = AioHealth(self._server, [SERVICE])
-        self._host = host
-        self._port = bind(self._server, host, port)
-
-    @property
-    def port(self) -> int:
-        return self._port
-
-    @property
-    def address(self) -> str:
-        return f"{self._host}:{self._port}"
-
-    async def start(self) -> None:
-        await self._server.start()
-        await self._health.set_serving(True)
-
-    async def stop(self, grace_s: float = 1.0) -> None:
-        """Takes no new calls, gives running ones grace_s, then cancels them."""
-        await self._health.set_serving(False)
-        await self._server.stop(grace_s)
+        super().__init__(SERVICE, handlers, max_message_bytes=MAX_MESSAGE_BYTES, host=host, port=port)
 
     async def _generate(self, data: bytes, context: Context) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:

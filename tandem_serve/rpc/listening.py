@@ -1,8 +1,11 @@
-"""What every gRPC server here has in common: an address, channel options, health and reflection."""
+"""What the gRPC servers and clients here have in common: addresses, options, health, reflection, time limits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -69,16 +72,63 @@ class Health:
             self._servicer.set(name, status)
 
 
-class AioHealth:
-    """The same of one asyncio server."""
+class AioServer:
+    """One service on the running event loop, with health and reflection. A cancelled call closes its handler."""
 
-    def __init__(self, server: grpc.aio.Server, services: Sequence[str]) -> None:
+    def __init__(
+        self,
+        service: str,
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]],
+        *,
+        max_message_bytes: int,
+        host: str,
+        port: int,
+    ) -> None:
+        """Binds the port (0: any free one); serves after start(). Needs a running loop. Raises OSError."""
+        self._server = grpc.aio.server(options=server_options(max_message_bytes))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from grpc-stubs
-        self._names = ["", *services]
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        self._names = ["", service]
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._server)
+        reflection.enable_server_reflection([service, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        self._host = host
+        self._port = bind(self._server, host, port)
 
-    async def set_serving(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    @property
+    def port(self) -> int:
+        return self._port
+
+    @property
+    def address(self) -> str:
+        return f"{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        await self._server.start()
+        await self._set_serving(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Takes no new calls, gives running ones grace_s, then cancels them."""
+        await self._set_serving(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(grace_s)
+
+    async def _set_serving(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in self._names:
             await self._servicer.set(name, status)
+
+
+@contextmanager
+def cancelled_after(timeout_s: float, cancel: Callable[[], object]) -> Iterator[threading.Event]:
+    """Cancels a call unless the block ends within timeout_s; the event says whether that has happened."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        cancel()
+
+    timer = threading.Timer(timeout_s, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield expired
+    finally:
+        timer.cancel()

@@ -16,7 +16,7 @@ from tandem_serve.rpc.convert_primary import (
     parse_generate_tokens_request,
     primary_status_response,
 )
-from tandem_serve.rpc.listening import AioHealth, bind, server_options
+from tandem_serve.rpc.listening import AioServer
 from tandem_serve.rpc.statuses import abort_with
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["PrimaryService"].full_name
@@ -25,14 +25,13 @@ MAX_MESSAGE_BYTES = 32 << 20  # a prompt of some millions of ids
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class PrimaryServer:
+class PrimaryServer(AioServer):
     """Serves one primary on the running event loop. A cancelled call closes the primary's stream, which aborts it."""
 
     def __init__(self, primary: Primary, *, host: str = "127.0.0.1", port: int = 0) -> None:
         """Binds the port (0: any free one); serves after start(). Needs a running loop. Raises OSError."""
         self._primary = primary
         self._vocab_size = 0  # known from start() on
-        self._server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES))
         handlers = {
             "GenerateTokens": grpc.unary_stream_rpc_method_handler(
                 self._generate,
@@ -45,28 +44,11 @@ class PrimaryServer:
                 response_serializer=control_pb2.GetPrimaryStatusResponse.SerializeToString,
             ),
         }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        self._health = AioHealth(self._server, [SERVICE])
-        self._host = host
-        self._port = bind(self._server, host, port)
-
-    @property
-    def port(self) -> int:
-        return self._port
-
-    @property
-    def address(self) -> str:
-        return f"{self._host}:{self._port}"
+        super().__init__(SERVICE, handlers, max_message_bytes=MAX_MESSAGE_BYTES, host=host, port=port)
 
     async def start(self) -> None:
         self._vocab_size = (await self._primary.info()).vocab_size
-        await self._server.start()
-        await self._health.set_serving(True)
-
-    async def stop(self, grace_s: float = 1.0) -> None:
-        """Takes no new calls, gives running ones grace_s, then cancels them."""
-        await self._health.set_serving(False)
-        await self._server.stop(grace_s)
+        await super().start()
 
     async def _generate(
         self, data: bytes, context: Context
