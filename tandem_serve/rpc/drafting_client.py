@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -22,7 +23,7 @@ from tandem_serve.interfaces import LinkState
 from tandem_serve.rpc._gen.tandem.v1 import drafting_pb2
 from tandem_serve.rpc.convert_drafting import MAX_COMMANDS, commands_request, parse_events
 from tandem_serve.rpc.convert_handshake import DrafterTerms, parse_drafter_hello, primary_hello
-from tandem_serve.rpc.listening import channel_options
+from tandem_serve.rpc.listening import cancelled_after, channel_options
 from tandem_serve.types import (
     CreditGranted,
     DrafterCommand,
@@ -45,6 +46,7 @@ class LinkOptions:
     handshake_timeout_s: float = 5.0
     min_backoff_s: float = 0.05
     max_backoff_s: float = 2.0
+    stable_after_s: float = 1.0  # a connection that lasted so long starts the backoff over
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,19 +117,20 @@ class GrpcDrafterLink:
     def send(self, commands: Sequence[DrafterCommand]) -> None:
         """Encodes and queues; see interfaces.DrafterLink.
 
-        Commands beyond the credit or the drafter's longest message are dropped and logged: it would end the stream.
+        Commands beyond the credit or the drafter's longest message are dropped and logged: they would end the stream.
         """
         connection = self._connection
         if connection is None or not commands:
             return
-        cost = sum(map(credit_cost_bytes, commands))
+        messages = _messages(commands, connection.terms)
+        cost = sum(message.cost_bytes for message in messages)
         with self._lock:
             if cost > connection.credit_bytes:
                 logger.error("%s: %d bytes of commands dropped, beyond the credit", self._address, cost)
                 return
             connection.credit_bytes -= cost
-        for message in _messages(commands, connection.terms):
-            connection.outbox.put(message)
+        for message in messages:
+            connection.outbox.put(message.data)
 
     def receive(self) -> list[DraftEvent]:
         with self._lock:
@@ -149,16 +152,14 @@ class GrpcDrafterLink:
     def _run(self) -> None:
         failures = 0
         while not self._closed.is_set():
-            epoch = self._epoch
+            epoch, began_s = self._epoch, time.monotonic()
             try:
                 self._serve_one_connection()
                 reason = "the drafter ended the stream"
-            except grpc.RpcError as error:
-                code, reason = error.code(), f"{error.code().name}: {error.details()}"
-                if code is grpc.StatusCode.FAILED_PRECONDITION:
-                    return self._refuse(error.details())
             except ModelMismatch as error:
                 return self._refuse(str(error))
+            except grpc.RpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
             except InvalidRequest as error:
                 reason = f"malformed answer: {error}"
             except Unavailable as error:
@@ -166,10 +167,13 @@ class GrpcDrafterLink:
             except Exception as error:  # a thread that died would leave the link in whatever state it was
                 logger.exception("drafter %s: unexpected error on its link", self._address)
                 reason = repr(error)
-            failures = 1 if self._epoch != epoch else failures + 1
+            was_stable = self._epoch != epoch and time.monotonic() - began_s >= self._options.stable_after_s
+            failures = 1 if was_stable else failures + 1
             self._disconnected(reason, failures)
-            ceiling = min(self._options.max_backoff_s, self._options.min_backoff_s * 2.0 ** min(failures - 1, 16))
-            self._closed.wait(ceiling * random.uniform(0.5, 1.0))
+            self._pause(min(self._options.max_backoff_s, self._options.min_backoff_s * 2.0 ** min(failures - 1, 16)))
+
+    def _pause(self, longest_s: float) -> None:
+        self._closed.wait(longest_s * random.uniform(0.5, 1.0))
 
     def _serve_one_connection(self) -> None:
         outbox: SimpleQueue[bytes | None] = SimpleQueue()
@@ -225,8 +229,9 @@ class GrpcDrafterLink:
             if self._connection is None:  # closed meanwhile
                 return
             for event in events:
-                if isinstance(event, CreditGranted):
-                    self._connection.credit_bytes += event.num_bytes
+                if isinstance(event, CreditGranted):  # never above the start: no drafter switches flow control off
+                    credit = self._connection.credit_bytes + event.num_bytes
+                    self._connection.credit_bytes = min(credit, terms.credit_bytes)
                 else:
                     self._events.append(event)
         self._wake()
@@ -243,7 +248,7 @@ class GrpcDrafterLink:
         if was_ready:
             self._wake()
 
-    def _refuse(self, reason: str | None) -> None:
+    def _refuse(self, reason: str) -> None:
         with self._lock:
             if self._state is LinkState.CLOSED:
                 return
@@ -254,36 +259,38 @@ class GrpcDrafterLink:
 
 
 def _first_answer(call: grpc.CallIterator[drafting_pb2.DraftResponse], timeout_s: float) -> drafting_pb2.DraftResponse:
-    """Raises Unavailable after timeout_s: what has accepted the connection may be stuck, or no drafter."""
-    expired = threading.Event()
+    """Raises ModelMismatch where the drafter says so.
 
-    def expire() -> None:
-        expired.set()
-        call.cancel()
-
-    timer = threading.Timer(timeout_s, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        for answer in call:
-            return answer
-        raise Unavailable("the stream ended before the drafter's hello")
-    except grpc.RpcError:
-        if expired.is_set():
-            raise Unavailable(f"no answer to the hello within {timeout_s:g} s") from None
-        raise
-    finally:
-        timer.cancel()
+    Raises Unavailable after timeout_s: what has accepted the connection may be stuck, or no drafter.
+    """
+    with cancelled_after(timeout_s, call.cancel) as expired:
+        try:
+            for answer in call:
+                return answer
+        except grpc.RpcError as error:
+            if expired.is_set():
+                raise Unavailable(f"no answer to the hello within {timeout_s:g} s") from None
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise ModelMismatch(error.details()) from None
+            raise
+    raise Unavailable("the stream ended before the drafter's hello")
 
 
-def _messages(commands: Sequence[DrafterCommand], terms: DrafterTerms) -> list[bytes]:
+class _Message(NamedTuple):
+    """Commands as they travel, and what they cost of the credit."""
+
+    data: bytes
+    cost_bytes: int
+
+
+def _messages(commands: Sequence[DrafterCommand], terms: DrafterTerms) -> list[_Message]:
     """The commands as one message, or as several where the drafter's limits want that."""
     if len(commands) <= MAX_COMMANDS:
-        message = commands_request(commands, terms.representation_dtype).SerializeToString()
-        if len(message) <= terms.max_message_bytes:
-            return [message]
+        data = commands_request(commands, terms.representation_dtype).SerializeToString()
+        if len(data) <= terms.max_message_bytes:
+            return [_Message(data, sum(map(credit_cost_bytes, commands)))]
         if len(commands) == 1:
-            logger.error("a command of %d bytes dropped, the drafter takes %d", len(message), terms.max_message_bytes)
+            logger.error("a command of %d bytes dropped, the drafter takes %d", len(data), terms.max_message_bytes)
             return []
     half = len(commands) // 2
     return [*_messages(commands[:half], terms), *_messages(commands[half:], terms)]

@@ -19,13 +19,14 @@ from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import drafting_pb2
 from tandem_serve.rpc.convert_drafting import events_response, parse_commands
 from tandem_serve.rpc.convert_handshake import DrafterTerms, drafter_hello, parse_primary_hello
-from tandem_serve.rpc.listening import Health, bind, server_options
+from tandem_serve.rpc.listening import Health, bind, cancelled_after, server_options
 from tandem_serve.rpc.statuses import status_of
 from tandem_serve.types import CreditGranted, DraftEvent
 
 SERVICE = drafting_pb2.DESCRIPTOR.services_by_name["DraftingService"].full_name
 MAX_STREAMS = 256  # primaries at a time
-MAX_UNREAD = 16_384  # deliveries that a primary may leave unread before it is cut off
+MAX_UNREAD = 16_384  # events that a primary may leave unread before it is cut off
+HELLO_TIMEOUT_S = 10.0  # a stream holds one of MAX_STREAMS places from its start
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,20 @@ class DraftingServer:
     """
 
     def __init__(
-        self, drafter: Drafter, config: DrafterEngineConfig, *, host: str = "127.0.0.1", port: int = 0
+        self,
+        drafter: Drafter,
+        config: DrafterEngineConfig,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        hello_timeout_s: float = HELLO_TIMEOUT_S,
     ) -> None:
         """Binds the port (0: any free one), so that `address` is known; serves after start(). Raises OSError."""
         self._drafter = drafter
         self._terms = DrafterTerms(
             drafter.info, config.representation_dtype, config.credit_bytes, config.max_message_bytes
         )
+        self._hello_timeout_s = hello_timeout_s
         self._lock = threading.Lock()
         self._streams: set[_Stream] = set()
         self._numbers = itertools.count()
@@ -84,9 +92,11 @@ class DraftingServer:
 
     def _draft(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[drafting_pb2.DraftResponse]:
         try:
-            primary = parse_primary_hello(fields.parse(drafting_pb2.DraftRequest, next(requests)))
+            with cancelled_after(self._hello_timeout_s, context.cancel):
+                first = next(requests)
+            primary = parse_primary_hello(fields.parse(drafting_pb2.DraftRequest, first))
             self._drafter.check_primary(primary)
-        except (StopIteration, grpc.RpcError):  # gone without a word
+        except (StopIteration, grpc.RpcError):  # gone, or cancelled, without a word
             return
         except TandemError as error:
             status = status_of(error)
@@ -121,8 +131,9 @@ class _Stream:
         self._terms = terms
         self._context = context
         self._outbox: SimpleQueue[list[DraftEvent] | _End] = SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards all below
         self._credit_bytes = terms.credit_bytes
+        self._num_unread = 0  # events in the outbox
 
     def serve(self, requests: Iterator[bytes]) -> Iterator[drafting_pb2.DraftResponse]:
         self._drafter.connect(self.peer_id, self._deliver)
@@ -147,23 +158,25 @@ class _Stream:
         """Waits for a delivery; takes along whatever else has piled up behind it."""
         item = self._outbox.get()
         events: list[DraftEvent] = []
-        while True:
-            if isinstance(item, _End):
-                return events, item
+        while not isinstance(item, _End):
             events.extend(item)
+            with self._lock:
+                self._num_unread -= len(item)
             try:
                 item = self._outbox.get_nowait()
             except Empty:
                 return events, None
+        return events, item
 
     def _deliver(self, events: list[DraftEvent]) -> None:
         """Takes the drafter's events, on its thread."""
         granted = sum(event.num_bytes for event in events if isinstance(event, CreditGranted))
-        if granted:
-            with self._lock:
-                self._credit_bytes += granted
+        with self._lock:
+            self._credit_bytes += granted
+            self._num_unread += len(events)
+            is_unread = self._num_unread > MAX_UNREAD
         self._outbox.put(events)
-        if self._outbox.qsize() > MAX_UNREAD:
+        if is_unread:
             logger.error("primary %s does not read its drafts: cut off", self.peer_id)
             self._context.cancel()
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
@@ -24,7 +25,16 @@ from tandem_serve.rpc.convert_drafting import commands_request
 from tandem_serve.rpc.convert_handshake import drafter_hello, primary_hello
 from tandem_serve.rpc.drafting_client import DRAFT_METHOD, GrpcDrafterLink, LinkOptions
 from tandem_serve.rpc.drafting_server import SERVICE, DraftingServer
-from tandem_serve.types import DraftBlock, DrafterCommand, DrafterInfo, ExtendSequence, PrimaryInfo, credit_cost_bytes
+from tandem_serve.types import (
+    CreditGranted,
+    DraftBlock,
+    DrafterCommand,
+    DrafterInfo,
+    DraftEvent,
+    ExtendSequence,
+    PrimaryInfo,
+    credit_cost_bytes,
+)
 from tests.link_driver import Wake, events, ready
 from tests.scripted_drafter import DRAFTER, PRIMARY, ScriptedDrafter, drafts, extended, opened
 
@@ -41,8 +51,8 @@ def drafter() -> ScriptedDrafter:
 def serve() -> Iterator[Callable[..., DraftingServer]]:
     servers = []
 
-    def start(drafter: ScriptedDrafter, config: DrafterEngineConfig = CONFIG, port: int = 0) -> DraftingServer:
-        server = DraftingServer(drafter, config, port=port)
+    def start(drafter: ScriptedDrafter, config: DrafterEngineConfig = CONFIG, **options: Any) -> DraftingServer:
+        server = DraftingServer(drafter, config, **options)
         server.start()
         servers.append(server)
         return server
@@ -212,6 +222,20 @@ def test_a_stream_that_does_not_start_with_a_proper_hello_ends(
     assert complaint in details
 
 
+def test_a_stream_that_never_says_hello_gives_its_place_back(drafter: ScriptedDrafter, serve: Any, raw: Any) -> None:
+    code, _ = raw(serve(drafter, hello_timeout_s=0.05).address).status()
+    assert code is grpc.StatusCode.CANCELLED
+
+
+def test_a_stream_that_has_said_hello_may_be_silent(drafter: ScriptedDrafter, serve: Any, raw: Any) -> None:
+    address = serve(drafter, hello_timeout_s=1.0).address
+    stream = raw(address)
+    stream.hello()
+    raw(address).status()  # longer than the timeout
+    stream.say(commands(opened(), extended()))
+    assert len(stream.next().events.blocks) == 1
+
+
 # ------------------------------------------------------------------ what is carried
 
 
@@ -299,6 +323,30 @@ def test_a_primary_that_overdraws_is_cut_off(drafter: ScriptedDrafter, serve: An
     code, details = stream.status()
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "credit" in details
+
+
+def test_no_drafter_grants_more_credit_than_it_started_with(drafter: ScriptedDrafter, serve: Any, connect: Any) -> None:
+    link, wake = connect(serve(drafter).address)
+    ready(link, wake)
+    drafter.wait_until(lambda: bool(drafter.peers))
+    (peer,) = drafter.peers.values()
+    peer.deliver([CreditGranted(1 << 50), DraftBlock("a", 1, 1, (1,))])
+    events(link, wake, 1)
+    assert link.credit_bytes() == CONFIG.credit_bytes
+
+
+def test_a_command_too_long_for_the_drafter_costs_no_credit(
+    drafter: ScriptedDrafter, serve: Any, connect: Any, caplog: Any
+) -> None:
+    drafter.paused = True
+    drafter.info = wide = replace(DRAFTER, taps=(4,), primary_hidden_size=1 << 16)
+    link, wake = connect(
+        serve(drafter, DrafterEngineConfig(max_message_bytes=16 << 20)).address, replace(PRIMARY, hidden_size=1 << 16)
+    )
+    ready(link, wake)
+    link.send([opened(), extended(token_ids=(1,) * 129, drafter=wide)])
+    assert link.credit_bytes() == CONFIG.credit_bytes - credit_cost_bytes(opened())
+    assert "dropped" in caplog.text
 
 
 def test_credit_spent_on_malformed_commands_comes_back(drafter: ScriptedDrafter, serve: Any, raw: Any) -> None:
@@ -453,6 +501,17 @@ def test_a_primary_hangs_up_on_a_drafter_that_talks_nonsense(
     assert link.receive() == []
 
 
+def test_a_primary_that_does_not_read_is_cut_off(drafter: ScriptedDrafter, serve: Any, raw: Any) -> None:
+    stream = raw(serve(drafter).address)
+    stream.hello()
+    drafter.wait_until(lambda: bool(drafter.peers))
+    (peer,) = drafter.peers.values()
+    many: list[DraftEvent] = [DraftBlock("a", 1, 1, (1,) * 64)] * 1024
+    for _ in range(100):
+        peer.deliver(many)
+    drafter.wait_until(lambda: not drafter.peers)
+
+
 # ------------------------------------------------------------------ coming and going
 
 
@@ -476,6 +535,19 @@ def test_a_link_reconnects_to_a_drafter_that_starts_again(drafter: ScriptedDraft
     (rejected,) = events(link, wake, 1)
     assert not isinstance(rejected, DraftBlock)
     assert [type(command) for command in other.received] == [ExtendSequence]
+
+
+def test_a_drafter_that_accepts_and_then_fails_is_tried_ever_less_often(serve: Any, connect: Any) -> None:
+    class Babbling(ScriptedDrafter):
+        def connect(self, peer_id: str, deliver: Callable[[list[DraftEvent]], None]) -> None:
+            super().connect(peer_id, deliver)
+            deliver([DraftBlock("a", 1, 1, (1_000,))])
+
+    address = serve(Babbling()).address
+    began = time.monotonic()
+    link, wake = connect(address, options=LinkOptions(min_backoff_s=0.02, max_backoff_s=1.0))
+    wake.wait_until(lambda: link.epoch >= 6)
+    assert time.monotonic() - began >= (0.02 + 0.04 + 0.08 + 0.16 + 0.32) / 2
 
 
 def test_a_drafter_may_come_later_than_its_primary(drafter: ScriptedDrafter, serve: Any, connect: Any) -> None:
