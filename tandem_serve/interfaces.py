@@ -52,7 +52,11 @@ class TextService(Protocol):
 
 
 class LinkState(StrEnum):
-    """Where a link stands. CONNECTING covers every retry; REFUSED is final (the models do not fit)."""
+    """Where a link stands.
+
+    CONNECTING covers every retry. REFUSED: the models do not fit. Transports that reconnect ask again, but slowly: the
+    address may get another drafter.
+    """
 
     CONNECTING = "connecting"
     READY = "ready"

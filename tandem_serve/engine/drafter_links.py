@@ -84,11 +84,12 @@ class DrafterLinks:
         self._close_if_unused(drafter)
 
     def log_refusals(self) -> None:
-        """Says once of each drafter that does not fit this primary that it will not be used."""
+        """Says once of each drafter that does not fit this primary that it is not used."""
         for drafter in self:
-            if drafter.link.state is LinkState.REFUSED and not drafter.is_refusal_logged:
-                drafter.is_refusal_logged = True
-                _log.warning("drafter %s refused this primary; it will not be used", drafter.link.address)
+            is_refused = drafter.link.state is LinkState.REFUSED
+            if is_refused and not drafter.is_refusal_logged:
+                _log.warning("drafter %s refused this primary; it is not used", drafter.link.address)
+            drafter.is_refusal_logged = is_refused
 
     def states(self) -> tuple[tuple[str, str], ...]:
         """(address, link state) of each; safe from any thread."""

@@ -47,6 +47,7 @@ class LinkOptions:
     min_backoff_s: float = 0.05
     max_backoff_s: float = 2.0
     stable_after_s: float = 1.0  # a connection that lasted so long starts the backoff over
+    refused_retry_s: float = 30.0  # the right drafter may have been started at the address meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class GrpcDrafterLink:
     """One primary's link to one drafter; see interfaces.DrafterLink.
 
     A thread connects, shakes hands and reads, and starts over with jittered backoff whenever the stream ends, whatever
-    the reason - except where the models do not fit together (REFUSED). Messages are encoded by the caller of send().
+    the reason; where the models do not fit together (REFUSED), slowly. Messages are encoded by the caller of send().
     """
 
     def __init__(
@@ -157,7 +158,10 @@ class GrpcDrafterLink:
                 self._serve_one_connection()
                 reason = "the drafter ended the stream"
             except ModelMismatch as error:
-                return self._refuse(str(error))
+                self._refuse(str(error))
+                failures = 0
+                self._pause(self._options.refused_retry_s)
+                continue
             except grpc.RpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
             except InvalidRequest as error:

@@ -168,6 +168,16 @@ def test_a_primary_refuses_a_drafter_that_does_not_fit(serve: Any, connect: Any,
     assert "'other'" in caplog.text
 
 
+def test_the_right_drafter_may_take_the_wrong_one_s_place(drafter: ScriptedDrafter, serve: Any, connect: Any) -> None:
+    wrong = serve(ScriptedDrafter(replace(DRAFTER, primary_fingerprint="other")))
+    link, wake = connect(wrong.address, options=replace(QUICK, refused_retry_s=0.05))
+    wake.wait_until(lambda: link.state is LinkState.REFUSED)
+    wrong.stop(0)
+    serve(drafter, port=wrong.port)
+    ready(link, wake)
+    assert link.info == DRAFTER
+
+
 def test_a_plain_drafter_fits_any_primary_with_its_tokenizer(serve: Any, connect: Any) -> None:
     plain = replace(DRAFTER, primary_fingerprint="", taps=(), primary_hidden_size=0)
     link, wake = connect(serve(ScriptedDrafter(plain)).address, replace(PRIMARY, fingerprint="any", hidden_size=4096))
