@@ -63,6 +63,13 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _false_if_none(value: Any) -> Any:
+    return False if value is None else value
+
+
+Flag = Annotated[bool, BeforeValidator(_false_if_none)]
+
+
 class GenerationBody(_Strict):
     """What both endpoints take. Ranges that depend on the cluster are checked further in."""
 
@@ -76,11 +83,11 @@ class GenerationBody(_Strict):
     max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
     stop: Annotated[list[str] | None, BeforeValidator(_one_or_many)] = None
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
+    ignore_eos: Flag = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     block_length: int | None = Field(None, ge=0, le=MAX_BLOCK_LENGTH)  # ours: drafts a round
-    return_token_ids: bool = False  # vLLM's; here also how many of them were drafts
+    return_token_ids: Flag = False  # vLLM's; here also how many of them were drafts
 
     @property
     def include_usage(self) -> bool:
@@ -91,7 +98,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: Any
-    echo: bool = False
+    echo: Flag = False
     logprobs: int | None = Field(None, ge=0)
 
 

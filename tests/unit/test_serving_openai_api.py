@@ -155,6 +155,14 @@ async def test_parameters_reach_the_primary(client: httpx.AsyncClient, primary: 
     assert (second.stop_token_ids, second.sampling.top_k, second.sampling.temperature) == ((), 0, 1.0)
 
 
+async def test_null_is_the_same_as_absent(client: httpx.AsyncClient) -> None:
+    nulls = dict.fromkeys(["echo", "ignore_eos", "return_token_ids", "stream", "stop", "temperature", "n", "logprobs"])
+    answer = await complete(client, **nulls)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"] == (await complete(client)).json()["choices"]
+    assert error_of(await complete(client, echo="yes"))["param"] == "echo"
+
+
 async def test_requests_without_a_seed_get_different_ones(client: httpx.AsyncClient, primary: ScriptedPrimary) -> None:
     for _ in range(2):
         await complete(client)
