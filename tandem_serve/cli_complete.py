@@ -58,19 +58,24 @@ def complete(
         elif grpc is not None:
             deltas = _from_grpc(request, grpc)
         else:
-            deltas = _from_http(request, url or "http://127.0.0.1:8000")
+            deltas = _from_http(request, with_scheme(url or "127.0.0.1:8000"))
         _show(request, deltas)
 
 
+def with_scheme(url: str) -> str:
+    """A router's HTTP address as a URL, however short it was given."""
+    return (url if "://" in url else f"http://{url}").rstrip("/")
+
+
 def _show(request: TextRequest, deltas: Iterator[TextDelta]) -> None:
-    """Prints text as it comes, then what it took."""
-    typer.secho(request.prompt, dim=True, nl=False)
+    """Prints the prompt once there is an answer to it, text as it comes, then what it took."""
     start = first = None
     started = time.perf_counter()
     num_tokens = num_accepted = num_drafted = num_rounds = 0
     for delta in deltas:
-        start = start or time.perf_counter()
-        first = first or len(delta.token_ids)
+        if start is None:
+            start, first = time.perf_counter(), len(delta.token_ids)
+            typer.secho(request.prompt, dim=True, nl=False)
         typer.secho(delta.text[: delta.num_accepted_chars], fg=typer.colors.GREEN, nl=False)
         typer.secho(delta.text[delta.num_accepted_chars :], nl=False)
         num_tokens += len(delta.token_ids)

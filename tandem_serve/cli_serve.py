@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tandem_serve.cli_complete import with_scheme
 from tandem_serve.cli_errors import reported
 
 File = Annotated[Path, typer.Argument(help="A cluster file, e.g. deployments/demo.yaml.", show_default=False)]
@@ -76,7 +77,7 @@ def status(
     from rich.table import Table
 
     with reported():
-        overview = _get_json(f"{url}/status")
+        overview = _get_json(f"{with_scheme(url)}/status")
     primaries = Table("primary", "running", "waiting", "KV cache", "from this router", title=f"{overview['model']}")
     for primary in overview["primaries"]:
         load = ["-", "-", "does not answer"]

@@ -104,7 +104,7 @@ class ClusterApplication:
             "route_prefix": self.route_prefix,
             "import_path": f"{self.builder.__module__}:{self.builder.__name__}",
             "args": self.args.model_dump(mode="json"),
-            "logging_config": LOGGING,
+            "logging_config": dict(LOGGING),  # one of its own: as YAML, a shared one would be an anchor and aliases
             "deployments": [overrides],
         }
 

@@ -129,6 +129,24 @@ def test_build_prints_the_serve_config(models: Path) -> None:
     code, output = run("build", str(write(models)))
     assert code == 0
     assert yaml.safe_load(output) == app.serve_config(load_cluster(write(models)))
+    assert not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(output))  # it is for people to read
+
+
+def test_complete_shows_the_prompt_and_what_came_after_it(models: Path) -> None:
+    code, output = run("complete", "a prompt", "--pair", str(models), "--max-tokens", "4")
+    assert code == 0, output
+    assert output.startswith("a prompt")
+    assert "4 tokens, first after" in output
+
+
+def test_complete_shows_nothing_but_the_error_where_nobody_answers() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        code, output = run("complete", "a prompt", "--url", address)
+    assert code == 1
+    assert "a prompt" not in output
+    assert f"nobody answers at http://{address}" in output
 
 
 def test_up_names_the_port_that_is_taken(models: Path) -> None:
