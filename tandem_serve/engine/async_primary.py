@@ -15,6 +15,7 @@ from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, 
 
 _log = logging.getLogger(__name__)
 
+MAX_FAILED_STEPS = 5  # in a row; with more a primary is no longer healthy
 _PAUSE_AFTER_FAILURE_S = 0.1  # should the loop fail time and again, it must not fill a core and the log
 
 
@@ -30,10 +31,20 @@ class AsyncPrimary:
         self._stopping = threading.Event()  # the thread ends after its present step
         self._is_draining = False  # no new requests
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine's thread is alive and its latest steps have not all failed. Any thread."""
+        is_alive = self._thread is not None and self._thread.is_alive()
+        return is_alive and self._engine.num_failed_steps < MAX_FAILED_STEPS
+
     async def info(self) -> PrimaryInfo:
+        """See interfaces.Primary. Raises Unavailable unless healthy, for who asks is about to send requests."""
+        self._check_health()
         return self._engine.info
 
     async def status(self) -> PrimaryStatus:
+        """See interfaces.Primary. Raises Unavailable unless healthy."""
+        self._check_health()
         return self._engine.status()
 
     def set_drafters(self, addresses: Iterable[str]) -> None:
@@ -99,15 +110,29 @@ class AsyncPrimary:
 
     def _loop(self) -> None:
         """The engine's thread. An error outside a batch (TorchPrimary fails a batch by itself) costs all requests."""
-        while not self._stopping.is_set():
-            try:
-                if not self._engine.step():
-                    self._engine.wait()
-            except Exception:
-                _log.exception("the primary's loop failed; all its requests fail with it")
-                self._engine.fail_all()
-                self._stopping.wait(_PAUSE_AFTER_FAILURE_S)
-        self._engine.close()
+        try:
+            while not self._stopping.is_set():
+                try:
+                    if not self._engine.step():
+                        self._engine.wait()
+                except Exception:
+                    _log.exception("the primary's loop failed; all its requests fail with it")
+                    self._fail_all()
+                    self._stopping.wait(_PAUSE_AFTER_FAILURE_S)
+        finally:
+            self._engine.close()  # whatever ended the loop: requests that come from here on are refused
+
+    def _fail_all(self) -> None:
+        """What is left because this fails, too, is tried again after the next step."""
+        self._engine.num_failed_steps += 1
+        try:
+            self._engine.fail_all()
+        except Exception:
+            _log.exception("failing the primary's requests failed")
+
+    def _check_health(self) -> None:
+        if not self.is_healthy:
+            raise Unavailable("this primary's engine does not run, or fails in every step; see its log")
 
 
 def _hand_over(

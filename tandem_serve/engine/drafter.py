@@ -37,6 +37,8 @@ from tandem_serve.types import (
 
 _log = logging.getLogger(__name__)
 
+MAX_FAILED_STEPS = 5  # in a row; with more a drafter is no longer healthy
+
 Deliver = Callable[[list[DraftEvent]], None]
 
 
@@ -79,6 +81,7 @@ class DrafterEngine:
         self._inbox: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
+        self._num_failed_steps = 0  # in a row
         # Of the present step: what each sequence is to take in, and the latest round that asks for a block.
         self._arrived: dict[DraftSequence, list[ExtendSequence]] = {}
         self._rounds: dict[DraftSequence, ExtendSequence] = {}
@@ -88,6 +91,12 @@ class DrafterEngine:
     @property
     def info(self) -> DrafterInfo:
         return self._info
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the thread of `start` is alive and its latest steps have not all failed."""
+        is_alive = self._thread is not None and self._thread.is_alive()
+        return is_alive and self._num_failed_steps < MAX_FAILED_STEPS
 
     def check_primary(self, primary: PrimaryInfo) -> None:
         """See interfaces.Drafter."""
@@ -135,6 +144,7 @@ class DrafterEngine:
                     continue
             except Exception:
                 _log.exception("a drafter step failed")
+                self._num_failed_steps += 1
             left = self._cache.next_expiry_s() - self._clock()
             self._wake.wait(None if math.isinf(left) else max(left, 0.0))
 
@@ -148,7 +158,7 @@ class DrafterEngine:
         for _ in range(len(self._inbox)):
             self._inbox.popleft()()
         self._guard(self._take_in, self._arrived)
-        self._guard(lambda: self._draft(started), self._rounds)
+        has_drafted = self._guard(lambda: self._draft(started), self._rounds)
         self._arrived.clear()
         self._rounds.clear()
         self._cache.expire(started)
@@ -157,17 +167,26 @@ class DrafterEngine:
         self.metrics.kv_cache_usage.set(self._cache.budget.usage)
         if had_work:
             self.metrics.draft_time.observe(self._clock() - started)
+        if has_drafted:
+            self._num_failed_steps = 0
         return had_work or has_events
 
-    def _guard(self, stage: Callable[[], None], involved: Mapping[DraftSequence, object]) -> None:
-        """Runs one stage of a step; should it raise, the sequences involved are dropped and the engine goes on."""
+    def _guard(self, stage: Callable[[], None], involved: Mapping[DraftSequence, object]) -> bool:
+        """Runs one stage of a step; should it raise, the sequences involved are dropped and the engine goes on.
+
+        Whether it ran, and well.
+        """
+        if not involved:
+            return False
         try:
-            if involved:
-                stage()
+            stage()
         except Exception as error:
+            self._num_failed_steps += 1
             _log.exception("a stage of a drafter step failed; its %d sequences are dropped", len(involved))
             for sequence in list(involved):
                 self._give_up(sequence, Unavailable(f"the drafter failed: {error}"))
+            return False
+        return True
 
     # -------------------------------------------------------------- peers and commands
 

@@ -61,6 +61,7 @@ class TorchPrimary:
     ) -> None:
         self.info = info
         self.metrics = metrics or PrimaryMetrics()
+        self.num_failed_steps = 0  # in a row; one that carries sequences forward starts the count over
         self._decoder = decoder
         self._config = config
         self._clock = clock
@@ -171,17 +172,13 @@ class TorchPrimary:
         for sequence in self._scheduler.admit():
             self._begin(sequence)
         runs = self._scheduler.select(lambda s: self._drafting.is_ready(s, now), self._drafting.take_drafts)
+        has_run = bool(runs) and self._run_or_fail(runs)
         if runs:
-            try:
-                self._run(runs)
-            except Exception:
-                _log.exception("a step failed; its %d requests fail with it", len(runs))
-                self.metrics.failed_steps.inc()
-                for run in runs:
-                    self._fail(run.sequence)
             self.metrics.step_time.observe(self._clock() - now)
         has_sent = self._drafting.send(self._scheduler.running, self._clock())
         self._set_gauges()
+        if has_run:
+            self.num_failed_steps = 0
         return bool(runs) or has_sent
 
     def fail_all(self) -> None:
@@ -259,6 +256,19 @@ class TorchPrimary:
         self.metrics.kv_cache_usage.set(self._budget.usage)
 
     # -------------------------------------------------------------- one forward pass
+
+    def _run_or_fail(self, runs: list[Run]) -> bool:
+        """Whether the runs went well. Where not, their requests have failed, and no others."""
+        try:
+            self._run(runs)
+        except Exception:
+            _log.exception("a step failed; its %d requests fail with it", len(runs))
+            self.metrics.failed_steps.inc()
+            self.num_failed_steps += 1
+            for run in runs:
+                self._fail(run.sequence)
+            return False
+        return True
 
     def _run(self, runs: list[Run]) -> None:
         """Computes the runs in one batch and carries each sequence forward."""

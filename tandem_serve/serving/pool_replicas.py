@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from tandem_serve.config import DrafterPool, PrimaryPool
+from tandem_serve.errors import Unavailable
 from tandem_serve.serving.drafter import DrafterReplica
 from tandem_serve.serving.primary import PrimaryReplica
 from tandem_serve.serving.registry import ADDRESS, DRAFTER, discover, drafter_addresses
@@ -32,6 +33,11 @@ class PrimaryDeployment(PrimaryReplica):
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         self.set_block_length(int(user_config["block_length"]))
 
+    def check_health(self) -> None:
+        """Raises where the engine has died or fails in every step: Serve then starts another replica in its place."""
+        if not self._primary.is_healthy:
+            raise Unavailable("the primary's engine is broken; see its log")
+
     async def __del__(self) -> None:
         await self.close(DRAIN_TIMEOUT_S)
 
@@ -45,6 +51,11 @@ class DrafterDeployment(DrafterReplica):
 
     def record_replica_metadata(self) -> dict[str, str]:
         return {ADDRESS: self.address}
+
+    def check_health(self) -> None:
+        """As PrimaryDeployment.check_health."""
+        if not self._engine.is_healthy:
+            raise Unavailable("the drafter's engine is broken; see its log")
 
     async def __del__(self) -> None:
         await asyncio.to_thread(self.close)
