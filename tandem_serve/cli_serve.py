@@ -40,7 +40,7 @@ def up(file: File) -> None:
         config = load_cluster(file)
         try:
             with (
-                _sigterm_as_interrupt(),
+                _interruptible(),
                 console.status("") as spinner,
                 local_cluster(config, spinner.update) as endpoints,
             ):
@@ -220,15 +220,19 @@ def _get_json(url: str) -> Any:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Makes the first SIGTERM a KeyboardInterrupt, as Ctrl-C is one; further ones do not disturb the draining."""
+def _interruptible() -> Iterator[None]:
+    """Makes SIGTERM a KeyboardInterrupt, as Ctrl-C is one, also where the shell has told us to ignore Ctrl-C.
+
+    Once: further SIGTERMs do not disturb the draining.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

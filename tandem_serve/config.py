@@ -90,7 +90,7 @@ class RouterPool(_Part):
     model_name: str  # what clients call the model
     num_replicas: int = Field(1, ge=1)
     resources: ReplicaResources = ReplicaResources(num_cpus=0.1)
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # under Ray Serve of HTTP alone: its gRPC proxy listens on every address
     http_port: int = Field(8000, ge=0, le=65535)
     grpc_port: int = Field(9000, ge=0, le=65535)
     limits: RouterLimits = RouterLimits()

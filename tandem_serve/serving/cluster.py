@@ -31,8 +31,8 @@ _RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # else 15, where any other work on the machine starves the replicas
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: one node, which listens on the loopback address alone
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Steps go from replica to replica over gRPC instead of the object store: half the router's CPU an event. But clients
-    # stay behind Serve's proxy: replicas that took them directly would listen on every address of the machine.
+    # Steps go from replica to replica over gRPC, not through the object store: half the router's CPU an event. Clients
+    # stay behind Serve's proxy, though: replicas that took HTTP directly would do so on every address of the machine.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
 }
@@ -105,7 +105,9 @@ def local_cluster(config: ClusterConfig, progress: Progress) -> Iterator[Endpoin
 
 
 def _start_ray(num_cpus: int) -> None:
-    """A local Ray that nobody outside this machine can reach."""
+    """A local Ray. It listens on the loopback address; only Serve's gRPC ports are open on every address: the ingress,
+    and from replica to replica, where Ray's token keeps strangers out (unless RAY_AUTH_MODE is set to disabled).
+    """
     import ray
 
     before = signal.getsignal(signal.SIGTERM)

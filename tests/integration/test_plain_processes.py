@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from click import unstyle
+from typer.testing import CliRunner
 
+from tandem_serve.cli import app as command_line
 from tandem_serve.config import DrafterEngineConfig
 from tandem_serve.serving.drafter import DrafterReplica
-from tests.serving_contract import LONG, Cluster, ServingContract, eventually, make_pair
+from tests.serving_contract import LONG, PROMPT, Cluster, ServingContract, eventually, make_pair
 
 START_TIMEOUT_S = 90.0
 
@@ -24,7 +28,7 @@ class Pools:
     """A drafter that can be killed and started again, a primary, and a router, each a process."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._primary_model, self._drafter_model = make_pair(folder)
         self._drafter, self._drafter_metrics, primary, http, grpc = _free_addresses(5)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -63,14 +67,14 @@ class Pools:
         return {name: process.wait(30) for name, process in self._processes.items()}
 
     def _start(self, role: str, *arguments: object) -> None:
-        log = (self._folder / f"{role}.log").open("wb")
+        log = (self.folder / f"{role}.log").open("wb")
         command = [sys.executable, "-m", "tandem_serve.cli", role, *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._processes[role] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def _is_complete(self) -> bool:
         for role, process in self._processes.items():
-            assert process.poll() is None, (self._folder / f"{role}.log").read_text()
+            assert process.poll() is None, (self.folder / f"{role}.log").read_text()
         try:
             status = httpx.get(f"{self.cluster.http}/status", timeout=10).json()
         except httpx.TransportError:
@@ -121,3 +125,27 @@ class TestPlainProcesses(ServingContract):
             successors[0].close()
         pools.start_drafter()
         eventually(lambda: "metrics" in cluster.complete(max_tokens=16), "acceptance comes back", START_TIMEOUT_S)
+
+    @pytest.mark.parametrize("source", ["--url", "--grpc", "--pair"])
+    def test_the_complete_command_shows_where_text_came_from(self, pools: Pools, cluster: Cluster, source: str) -> None:
+        where = {"--url": cluster.http, "--grpc": cluster.grpc, "--pair": str(pools.folder)}[source]
+        arguments = ["complete", PROMPT, source, where, "--max-tokens", "48"]
+        result = CliRunner().invoke(command_line, arguments, color=True)
+        assert result.exit_code == 0, result.output
+        text = cluster.text()
+        assert PROMPT + text in unstyle(result.stdout)
+        green = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", result.stdout, re.DOTALL)
+        assert 0 < len("".join(green)) < len(text)
+        assert "drafts accepted" in result.stderr
+
+    def test_the_status_command_lists_both_pools(self, cluster: Cluster) -> None:
+        result = CliRunner().invoke(command_line, ["status", "--url", cluster.http])
+        assert result.exit_code == 0, result.output
+        assert len(re.findall(r"127\.0\.0\.1:\d+", result.output)) >= 2
+
+    def test_commands_say_where_nobody_answers(self) -> None:
+        nowhere = _free_addresses(1)[0]
+        for arguments in (["status", "--url", f"http://{nowhere}"], ["complete", "a", "--url", f"http://{nowhere}"]):
+            result = CliRunner().invoke(command_line, arguments)
+            assert (result.exit_code, nowhere in result.output) == (1, True)
+            assert "Traceback" not in result.output
