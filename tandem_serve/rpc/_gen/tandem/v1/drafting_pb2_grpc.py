@@ -53,7 +53,8 @@ class DraftingServiceServicer:
         FAILED_PRECONDITION  the models, or the versions of this protocol, do not fit together;
         INVALID_ARGUMENT     a message that is malformed as a whole;
         RESOURCE_EXHAUSTED   more was sent than credit or the drafter's limits allow;
-        UNAVAILABLE          the drafter is shutting down.
+        UNAVAILABLE          the drafter is shutting down;
+        CANCELLED            no hello came in time, or more drafts are left unread than the drafter cares to keep.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,8 @@ class DraftingServiceStub:
       FAILED_PRECONDITION  the models, or the versions of this protocol, do not fit together;
       INVALID_ARGUMENT     a message that is malformed as a whole;
       RESOURCE_EXHAUSTED   more was sent than credit or the drafter's limits allow;
-      UNAVAILABLE          the drafter is shutting down.
+      UNAVAILABLE          the drafter is shutting down;
+      CANCELLED            no hello came in time, or more drafts are left unread than the drafter cares to keep.
     """
 
 @_typing.type_check_only
@@ -55,7 +56,8 @@ class DraftingServiceAsyncStub(DraftingServiceStub):
       FAILED_PRECONDITION  the models, or the versions of this protocol, do not fit together;
       INVALID_ARGUMENT     a message that is malformed as a whole;
       RESOURCE_EXHAUSTED   more was sent than credit or the drafter's limits allow;
-      UNAVAILABLE          the drafter is shutting down.
+      UNAVAILABLE          the drafter is shutting down;
+      CANCELLED            no hello came in time, or more drafts are left unread than the drafter cares to keep.
     """
 
 class DraftingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -73,7 +75,8 @@ class DraftingServiceServicer(metaclass=_abc_1.ABCMeta):
           FAILED_PRECONDITION  the models, or the versions of this protocol, do not fit together;
           INVALID_ARGUMENT     a message that is malformed as a whole;
           RESOURCE_EXHAUSTED   more was sent than credit or the drafter's limits allow;
-          UNAVAILABLE          the drafter is shutting down.
+          UNAVAILABLE          the drafter is shutting down;
+          CANCELLED            no hello came in time, or more drafts are left unread than the drafter cares to keep.
         """
 
 def add_DraftingServiceServicer_to_server(servicer: DraftingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
