@@ -11,6 +11,8 @@ from tandem_serve.types import DrafterInfo, PrimaryInfo
 
 _log = logging.getLogger(__name__)
 
+MAX_UNLISTED_LINKS = 32  # that requests have opened; each is a thread
+
 
 @dataclass(slots=True, eq=False)
 class DrafterPeer:
@@ -18,12 +20,24 @@ class DrafterPeer:
 
     link: DrafterLink
     num_attached: int = 0  # sequences that draft there
+    num_naming: int = 0  # sequences that wish for it, whether they draft there or not
     is_known: bool = True  # False: no new pairings; closed once its last sequence has left
+    is_listed: bool = True  # False: a request has named it, and it stays for as long as it is of use
     is_refusal_logged: bool = False
 
     def ready_info(self) -> DrafterInfo | None:
         """Its handshake where it can be used now, else None."""
         return self.link.info if self.link.state is LinkState.READY else None
+
+    @property
+    def is_idle(self) -> bool:
+        return self.num_attached == 0 and self.num_naming == 0
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether its link is to be closed."""
+        is_wanted = self.is_known and (self.is_listed or self.link.state is LinkState.READY)
+        return self.is_idle and not is_wanted
 
 
 class DrafterLinks:
@@ -39,24 +53,39 @@ class DrafterLinks:
     def __iter__(self) -> Iterator[DrafterPeer]:
         return iter(self._drafters.values())
 
-    def know(self, address: str) -> None:
-        """Opens a link to address unless there is one. Links open early: their taps must be known at prefill."""
-        known = self._drafters.get(address)
-        if known is not None and known.link.state is not LinkState.CLOSED:
-            known.is_known = True
-        elif self._factory is not None:
-            try:
-                self._drafters[address] = DrafterPeer(self._factory(address, self._primary, self._wake))
-            except Exception:  # an address that is none, say: the sequences that name it go on without
-                _log.exception("no link to drafter %r", address)
+    def name(self, address: str) -> DrafterPeer | None:
+        """The drafter that a request has named, until `unname`. None where there is no link to be had.
+
+        A link opens early: its taps must be known at prefill. Whoever sends requests can name any address, so what
+        they open is limited, and closed when it is of no use.
+        """
+        drafter = self._drafters.get(address)
+        if drafter is None or drafter.link.state is LinkState.CLOSED:
+            if not self._has_room_for_unlisted():
+                _log.warning("no link to drafter %r: requests have opened %d already", address, MAX_UNLISTED_LINKS)
+                return None
+            drafter = self._open(address)
+            if drafter is None:
+                return None
+            drafter.is_listed = False
+        drafter.is_known = True
+        drafter.num_naming += 1
+        return drafter
+
+    def unname(self, drafter: DrafterPeer) -> None:
+        """The sequence that named it has ended."""
+        drafter.num_naming -= 1
+        self._close_if_unused(drafter)
 
     def set_addresses(self, addresses: Iterable[str]) -> None:
         """Exactly these take new sequences from now on. The others go when their last sequence has left."""
         wanted = set(addresses)
         for address in sorted(wanted):
-            self.know(address)
+            known = self._drafters.get(address)
+            if known is None or known.link.state is LinkState.CLOSED:
+                self._open(address)
         for address, drafter in list(self._drafters.items()):
-            drafter.is_known = address in wanted
+            drafter.is_known = drafter.is_listed = address in wanted
             self._close_if_unused(drafter)
 
     def taps(self) -> tuple[int, ...]:
@@ -83,13 +112,14 @@ class DrafterLinks:
         drafter.num_attached -= 1
         self._close_if_unused(drafter)
 
-    def log_refusals(self) -> None:
-        """Says once of each drafter that does not fit this primary that it is not used."""
-        for drafter in self:
+    def tend(self) -> None:
+        """Closes links that are of no use any more, and says once of each drafter that does not fit."""
+        for drafter in list(self):
             is_refused = drafter.link.state is LinkState.REFUSED
             if is_refused and not drafter.is_refusal_logged:
                 _log.warning("drafter %s refused this primary; it is not used", drafter.link.address)
             drafter.is_refusal_logged = is_refused
+            self._close_if_unused(drafter)
 
     def states(self) -> tuple[tuple[str, str], ...]:
         """(address, link state) of each; safe from any thread."""
@@ -100,8 +130,32 @@ class DrafterLinks:
             drafter.link.close()
         self._drafters.clear()
 
+    def _open(self, address: str) -> DrafterPeer | None:
+        if self._factory is None:
+            return None
+        try:
+            drafter = DrafterPeer(self._factory(address, self._primary, self._wake))
+        except Exception:  # an address that is none, say: the sequences that name it go on without
+            _log.exception("no link to drafter %r", address)
+            return None
+        self._drafters[address] = drafter
+        return drafter
+
+    def _has_room_for_unlisted(self) -> bool:
+        """Makes room where it can: a drafter that nobody uses at present goes for one that somebody wants."""
+        unlisted = [drafter for drafter in self if not drafter.is_listed]
+        if len(unlisted) < MAX_UNLISTED_LINKS:
+            return True
+        idle = next((drafter for drafter in unlisted if drafter.is_idle), None)
+        if idle is not None:
+            self._close(idle)
+        return idle is not None
+
     def _close_if_unused(self, drafter: DrafterPeer) -> None:
-        if not drafter.is_known and drafter.num_attached == 0:
-            drafter.link.close()
-            if self._drafters.get(drafter.link.address) is drafter:
-                del self._drafters[drafter.link.address]
+        if drafter.is_unused:
+            self._close(drafter)
+
+    def _close(self, drafter: DrafterPeer) -> None:
+        if self._drafters.get(drafter.link.address) is drafter:
+            del self._drafters[drafter.link.address]
+        drafter.link.close()

@@ -71,10 +71,9 @@ class DraftCoordinator:
         request = sequence.request
         if request.block_length == 0:
             return
-        if request.drafter_address is not None:
-            self._links.know(request.drafter_address)
+        named = None if request.drafter_address is None else self._links.name(request.drafter_address)
         log = self.memory.new_log(self._links.taps())
-        sequence.speculation = Speculation(log, next_cooldown=COOLDOWN_ROUNDS)
+        sequence.speculation = Speculation(log, named, next_cooldown=COOLDOWN_ROUNDS)
 
     def record(self, sequence: Sequence, taps: tuple[int, ...], states: Tensor | None, num_positions: int) -> None:
         """Adds verified positions, states [>= num_positions, len(taps), d_L], to the sequence's log."""
@@ -92,20 +91,22 @@ class DraftCoordinator:
         """Stops drafting for a sequence, for good: it has finished, or goes on alone."""
         if (spec := sequence.speculation) is None:
             return
+        sequence.speculation = None
+        sequence.why_alone = cause
+        self.memory.release(spec.log)
         if (attachment := spec.attachment) is not None:
             if attachment.is_open and not _is_lost(attachment):
                 close = CloseSequence(sequence.request.request_id, attachment.incarnation)
                 self._outbox.close_sequence(attachment.drafter, attachment.epoch, close)
             self._links.leave(attachment.drafter)
-        self.memory.release(spec.log)
-        sequence.speculation = None
-        sequence.why_alone = cause
+        if spec.named is not None:
+            self._links.unname(spec.named)
 
     # -------------------------------------------------------------- rounds
 
     def receive(self, sequences: Mapping[str, Sequence], now_s: float) -> None:
         """Takes in what drafters have sent, and lets go of drafters that have gone."""
-        self._links.log_refusals()
+        self._links.tend()
         for drafter in list(self._links):
             for event in drafter.link.receive():
                 sequence = sequences.get(event.sequence_id) if not isinstance(event, CreditGranted) else None

@@ -37,6 +37,7 @@ class Speculation:
     """A sequence's drafting, over all its drafters."""
 
     log: RepresentationLog
+    named: DrafterPeer | None = None  # by the request; it may draft elsewhere
     attachment: Attachment | None = None
     cooldown_rounds: int = 0  # rounds to go before a drafter is asked again
     next_cooldown: int = 0  # how long the next cool-down will be
