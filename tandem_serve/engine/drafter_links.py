@@ -11,6 +11,7 @@ from tandem_serve.types import DrafterInfo, PrimaryInfo
 
 _log = logging.getLogger(__name__)
 
+PROBE_INTERVAL_S = 5.0  # how often a drafter that does not answer is given a new sequence, to see
 MAX_UNLISTED_LINKS = 32  # that requests have opened; each is a thread
 
 
@@ -24,6 +25,7 @@ class DrafterPeer:
     is_known: bool = True  # False: no new pairings; closed once its last sequence has left
     is_listed: bool = True  # False: a request has named it, and it stays for as long as it is of use
     is_refusal_logged: bool = False
+    next_probe_s: float | None = None  # it has missed a deadline and not answered since: no new sequences until then
 
     def ready_info(self) -> DrafterInfo | None:
         """Its handshake where it can be used now, else None."""
@@ -98,14 +100,26 @@ class DrafterLinks:
             self._taps = tuple(sorted({tap for info in infos for tap in info.taps}))
         return self._taps
 
-    def pick(self, preferred: str | None, fits: Callable[[DrafterInfo], bool]) -> DrafterPeer | None:
-        """The drafter for one more sequence: the preferred one, else the least busy; ready and fitting. Or None."""
-        if preferred is not None and (drafter := self._drafters.get(preferred)) is not None:
-            info = drafter.ready_info()
-            if info is not None and fits(info):
-                return drafter
-        usable = [d for d in self if d.is_known and (info := d.ready_info()) is not None and fits(info)]
-        return min(usable, key=lambda d: d.num_attached, default=None)
+    def pick(self, preferred: str | None, fits: Callable[[DrafterInfo], bool], now_s: float) -> DrafterPeer | None:
+        """The drafter for one more sequence: the preferred one, else the least busy; ready and fitting. Or None.
+
+        One that does not answer gets one sequence a probe interval: each waits for it until its deadline.
+        """
+        usable = [
+            drafter
+            for drafter in self
+            if (info := drafter.ready_info()) is not None
+            and fits(info)
+            and (drafter.next_probe_s is None or now_s >= drafter.next_probe_s)
+        ]
+        wished_for = self._drafters.get(preferred) if preferred is not None else None
+        if wished_for in usable:
+            picked = wished_for
+        else:
+            picked = min((d for d in usable if d.is_known), key=lambda d: d.num_attached, default=None)
+        if picked is not None and picked.next_probe_s is not None:
+            picked.next_probe_s = now_s + PROBE_INTERVAL_S
+        return picked
 
     def leave(self, drafter: DrafterPeer) -> None:
         """One sequence no longer drafts there."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tandem_serve.config import PrimaryEngineConfig
 from tandem_serve.decoding.block_policy import BlockPolicy
-from tandem_serve.engine.drafter_links import DrafterLinks, DrafterPeer
+from tandem_serve.engine.drafter_links import PROBE_INTERVAL_S, DrafterLinks, DrafterPeer
 from tandem_serve.engine.outbox import Outbox
 from tandem_serve.engine.representation_log import RepresentationMemory
 from tandem_serve.engine.sequence import Attachment, Sequence, Speculation
@@ -109,6 +109,7 @@ class DraftCoordinator:
         self._links.tend()
         for drafter in list(self._links):
             for event in drafter.link.receive():
+                drafter.next_probe_s = None  # it answers
                 sequence = sequences.get(event.sequence_id) if not isinstance(event, CreditGranted) else None
                 if sequence is not None:
                     self._take_in(sequence, drafter, event, now_s)
@@ -138,6 +139,7 @@ class DraftCoordinator:
                 cause = WithoutDraft.EMPTY
             elif attachment is not None and attachment.num_asked:
                 attachment.num_asked = 0
+                attachment.drafter.next_probe_s = attachment.deadline_s + PROBE_INTERVAL_S
                 spec.cooldown_rounds = spec.next_cooldown
                 spec.next_cooldown = min(2 * spec.next_cooldown, MAX_COOLDOWN_ROUNDS)
                 cause = WithoutDraft.LATE
@@ -195,7 +197,7 @@ class DraftCoordinator:
             spec = sequence.speculation
             if spec is None or spec.cooldown_rounds:
                 continue
-            attachment = spec.attachment or self._attach(sequence, spec)
+            attachment = spec.attachment or self._attach(sequence, spec, now_s)
             # Lost since `receive`: there may be another drafter behind the link by now, with other taps.
             if attachment is not None and not attachment.num_asked and not _is_lost(attachment):
                 speaking.append((spec.log.num_unsent, sequence, spec, attachment))
@@ -204,7 +206,7 @@ class DraftCoordinator:
             self._speak(sequence, spec, attachment, len(sequences), now_s)
         return self._outbox.flush()
 
-    def _attach(self, sequence: Sequence, spec: Speculation) -> Attachment | None:
+    def _attach(self, sequence: Sequence, spec: Speculation, now_s: float) -> Attachment | None:
         """Finds a drafter for a sequence that has none."""
         if spec.log.start > 0:
             self.end(sequence, WithoutDraft.EVICTED)
@@ -213,7 +215,7 @@ class DraftCoordinator:
         def fits(info: DrafterInfo) -> bool:
             return spec.log.covers(info.taps) and info.max_model_len > len(sequence.token_ids)
 
-        drafter = self._links.pick(sequence.request.drafter_address, fits)
+        drafter = self._links.pick(sequence.request.drafter_address, fits, now_s)
         if drafter is None:
             sequence.why_alone = WithoutDraft.NO_DRAFTER
             return None
