@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -114,13 +115,15 @@ def _start_ray(num_cpus: int) -> None:
     for name in ("ray._private.authentication", "ray.serve"):  # they tell of every step
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.init(
+        address="local",  # never somebody else's cluster
         num_cpus=num_cpus,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
-    signal.signal(signal.SIGTERM, before)  # Ray has put in its own, which leaves without draining
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray has put in its own, which leaves without draining
 
 
 def check_models(config: ClusterConfig) -> None:
