@@ -39,7 +39,8 @@ _log = logging.getLogger(__name__)
 
 COOLDOWN_ROUNDS = 8  # after a missed deadline; doubles with each further miss
 MAX_COOLDOWN_ROUNDS = 64
-MAX_REJECTIONS = 3  # retryable ones, before a sequence stops trying
+MAX_REJECTIONS = 3  # retryable ones without a block in between, before a sequence stops trying
+REJECTION_COOLDOWN_ROUNDS = 4  # so that two sequences do not take each other's place at a full drafter all the time
 MAX_EXTEND_BYTES = 4 << 20  # of one sequence in one message: a long log goes out over several steps
 _EMPTY_EXTEND_BYTES = credit_cost_bytes(ExtendSequence("", 0, 0, 0, (), None, None, 0))
 
@@ -145,7 +146,7 @@ class DraftCoordinator:
                 cause = WithoutDraft.LATE
             elif spec.cooldown_rounds:
                 spec.cooldown_rounds -= 1
-                cause = WithoutDraft.COOLING_DOWN
+                cause = WithoutDraft.COOLING_DOWN if attachment is not None else cause
         self._metrics.without_draft[cause].inc()
         return ()
 
@@ -163,12 +164,14 @@ class DraftCoordinator:
         if isinstance(event, DraftBlock) and event.incarnation == attachment.incarnation:
             if event.round == attachment.round and attachment.num_asked and attachment.drafts is None:
                 attachment.drafts = self._valid_drafts(event, attachment.num_asked)
+                spec.num_rejections = 0
                 self._metrics.draft_wait.observe(now_s - attachment.asked_at_s)
                 self._metrics.draft_time.observe(event.draft_time_s)
         elif isinstance(event, SequenceRejected) and event.incarnation == attachment.incarnation:
             _log.info("drafter %s rejected %s: %s", drafter.link.address, event.sequence_id, event.message)
             self._detach(sequence, spec, WithoutDraft.REJECTED)
             spec.num_rejections += 1
+            spec.cooldown_rounds = REJECTION_COOLDOWN_ROUNDS
             if not event.retryable or spec.num_rejections > MAX_REJECTIONS:
                 self.end(sequence, WithoutDraft.REJECTED)
 

@@ -41,7 +41,7 @@ class Speculation:
     attachment: Attachment | None = None
     cooldown_rounds: int = 0  # rounds to go before a drafter is asked again
     next_cooldown: int = 0  # how long the next cool-down will be
-    num_rejections: int = 0
+    num_rejections: int = 0  # since the last block
 
 
 @dataclass(slots=True, eq=False)

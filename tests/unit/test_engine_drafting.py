@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tandem_serve.engine.drafting import COOLDOWN_ROUNDS, MAX_REJECTIONS
+from tandem_serve.config import PrimaryEngineConfig
+from tandem_serve.engine.drafting import COOLDOWN_ROUNDS, MAX_REJECTIONS, REJECTION_COOLDOWN_ROUNDS
 from tandem_serve.interfaces import LinkState
 from tandem_serve.types import (
     CloseSequence,
@@ -225,6 +226,25 @@ def test_rejected_sequences_are_opened_again_a_few_times(
     assert REQUEST.prompt_token_ids + output.token_ids == text
     assert sum(isinstance(command, OpenSequence) for command in link.commands) == num_lives
     assert causes(engine) == {"rejected": 119}
+
+
+def test_rejections_are_counted_since_the_last_block(text: tuple[int, ...]) -> None:
+    """A sequence that is evicted now and then is opened again each time, after a few rounds alone."""
+    right = oracle({"r": text})
+    evictions = []
+
+    def script(link: ScriptedLink, life: Life, command: ExtendSequence) -> object:
+        if len(life.rounds) == 1:
+            return right(link, life, command)
+        evictions.append(command)
+        return [SequenceRejected("r", life.opened.incarnation, "evicted", True)]
+
+    link = ScriptedLink(tiny_drafter()[1], script)  # type: ignore[arg-type]
+    engine, output, clock = started(link, PrimaryEngineConfig(block_length=4))
+    drive(engine, clock)
+    assert REQUEST.prompt_token_ids + output.token_ids == text
+    assert len(evictions) > 2 * MAX_REJECTIONS
+    assert causes(engine) == {"rejected": len(evictions) * REJECTION_COOLDOWN_ROUNDS}
 
 
 def test_abort_closes_the_sequence_at_its_drafter(right: ScriptedLink) -> None:
