@@ -112,10 +112,8 @@ class DrafterLinks:
             and fits(info)
             and (drafter.next_probe_s is None or now_s >= drafter.next_probe_s)
         ]
-        wished_for = self._drafters.get(preferred) if preferred is not None else None
-        if wished_for in usable:
-            picked = wished_for
-        else:
+        picked = self._drafters.get(preferred) if preferred is not None else None
+        if picked not in usable:
             picked = min((d for d in usable if d.is_known), key=lambda d: d.num_attached, default=None)
         if picked is not None and picked.next_probe_s is not None:
             picked.next_probe_s = now_s + PROBE_INTERVAL_S
