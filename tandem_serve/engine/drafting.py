@@ -92,7 +92,7 @@ class DraftCoordinator:
         """Stops drafting for a sequence, for good: it has finished, or goes on alone."""
         if (spec := sequence.speculation) is None:
             return
-        sequence.speculation = None
+        sequence.speculation = None  # first what cannot fail; a link may
         sequence.why_alone = cause
         self.memory.release(spec.log)
         if (attachment := spec.attachment) is not None:
@@ -102,6 +102,15 @@ class DraftCoordinator:
             self._links.leave(attachment.drafter)
         if spec.named is not None:
             self._links.unname(spec.named)
+
+    def end_all(self, sequences: Iterable[Sequence]) -> None:
+        """`end` for each after an unexpected error, in whatever state that has left them and the links."""
+        self._outbox.discard()
+        for sequence in sequences:
+            try:
+                self.end(sequence, WithoutDraft.LOST)
+            except Exception:  # its own part is done by then, see `end`; the drafter forgets it once it is idle
+                _log.exception("leaving the drafter of %s failed", sequence.request.request_id)
 
     # -------------------------------------------------------------- rounds
 

@@ -64,6 +64,10 @@ class Outbox:
                 held_back.append(closing)
         self._closing = held_back
 
+    def discard(self) -> None:
+        """Forgets what this step has to say so far."""
+        self._messages.clear()
+
     def flush(self) -> bool:
         """Hands the messages to their links. True where anything went out."""
         messages = [message for message in self._messages.values() if message.commands]

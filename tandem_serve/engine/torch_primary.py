@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -168,14 +169,17 @@ class TorchPrimary:
         self._wake.clear()  # before anything is read, so that what arrives from here on is not missed
         self._drain_inbox()
         now = self._clock()
-        self._drafting.receive(self._sequences, now)
+        with self._costing_drafts_only():
+            self._drafting.receive(self._sequences, now)
         for sequence in self._scheduler.admit():
             self._begin(sequence)
         runs = self._scheduler.select(lambda s: self._drafting.is_ready(s, now), self._drafting.take_drafts)
         has_run = bool(runs) and self._run_or_fail(runs)
         if runs:
             self.metrics.step_time.observe(self._clock() - now)
-        has_sent = self._drafting.send(self._scheduler.running, self._clock())
+        has_sent = True  # should this fail, sequences that waited for drafts are ready
+        with self._costing_drafts_only():
+            has_sent = self._drafting.send(self._scheduler.running, self._clock())
         self._set_gauges()
         if has_run:
             self.num_failed_steps = 0
@@ -194,7 +198,8 @@ class TorchPrimary:
         self._drain_inbox()
         for request_id in list(self._sequences):
             self._abort(request_id)
-        self._drafting.send((), self._clock())
+        with self._costing_drafts_only():
+            self._drafting.send((), self._clock())
         self._links.close()
 
     # -------------------------------------------------------------- requests
@@ -233,7 +238,8 @@ class TorchPrimary:
                 _log.exception("the sink of %s failed", sequence.request.request_id)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._drafting.end(sequence)
+        with self._costing_drafts_only():
+            self._drafting.end(sequence)
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.request_id]
         with self._lock:
@@ -249,6 +255,15 @@ class TorchPrimary:
             _log.exception("the sink of %s failed; aborting it", sequence.request.request_id)
             if sequence.request.request_id in self._sequences:
                 self._end(sequence, FinishReason.ABORT)
+
+    @contextmanager
+    def _costing_drafts_only(self) -> Iterator[None]:
+        """An error in here, a bug in a link for example, ends the drafting of all sequences; they go on alone."""
+        try:
+            yield
+        except Exception:
+            _log.exception("drafting failed; the sequences that drafted go on without")
+            self._drafting.end_all(self._sequences.values())
 
     def _set_gauges(self) -> None:
         self.metrics.running.set(len(self._scheduler.running))

@@ -17,8 +17,7 @@ from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.errors import InvalidRequest, Overloaded, RequestAborted, Unavailable
 from tandem_serve.interfaces import Drafter, DrafterLink, LinkFactory, Primary
 from tandem_serve.types import GenerationRequest, SamplingParams
-from tests.engines import a_request, generate, make_drafter_engine, make_engine, tiny_drafter, tiny_primary
-from tests.scripted_link import ScriptedLink, silence
+from tests.engines import a_request, generate, make_drafter_engine, make_engine, tiny_primary
 
 
 @contextmanager
@@ -139,17 +138,17 @@ async def test_close_drains_or_aborts() -> None:
             pass
 
 
-async def test_an_error_outside_a_batch_fails_the_requests_and_the_thread_lives_on() -> None:
-    """A link that raises is a bug, and yet no reason to stop serving."""
-    link = ScriptedLink(tiny_drafter()[1], silence)
+async def test_an_error_outside_a_batch_fails_the_requests_and_the_thread_lives_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine()
 
-    def broken() -> list[object]:
-        raise RuntimeError("a bug in a link")
+    def broken(_: float) -> None:
+        raise RuntimeError("a bug outside a batch")
 
-    link.receive = broken  # type: ignore[method-assign, assignment]
-    async with AsyncPrimary(make_engine(link_factory=link)) as primary:
-        primary.set_drafters(["d"])
-        with pytest.raises(Unavailable):
-            await collect(primary, a_request(max_tokens=400))
-        del link.receive
-        assert len((await collect(primary, a_request("next", block_length=0)))[0]) == 12
+    async with AsyncPrimary(engine) as primary:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.metrics.running, "set", broken)
+            with pytest.raises(Unavailable):
+                await collect(primary, a_request(max_tokens=400))
+        assert len((await collect(primary, a_request("next")))[0]) == 12
