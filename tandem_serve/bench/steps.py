@@ -71,7 +71,7 @@ def _transformers(path: Path, dtype: torch.dtype, context: int) -> Callable[[], 
 
     def step() -> int:
         logits = model(token, past_key_values=cache, use_cache=True).logits
-        cache.crop(context)
+        cache.crop(-1)  # negative: how many to drop
         return int(logits[0, -1].argmax())
 
     return step

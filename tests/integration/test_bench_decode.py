@@ -71,3 +71,16 @@ def test_bad_options_are_named(pair: Path, options: list[str], message: str) -> 
     assert result.exit_code != 0
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_steps_compares_the_same_weights(pair: Path) -> None:
+    out = pair / "steps.json"
+    result = CliRunner().invoke(
+        app, ["steps", "--pair", str(pair), "--context", "16", "--count", "10", "--json", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    models = json.loads(out.read_text())["models"]
+    assert set(models) == {"primary", "drafter"}
+    for found in models.values():
+        assert found["ratio"] > 0
+        assert all(ms > 0 for by_dtype in found["step_ms"].values() for ms in by_dtype.values())
