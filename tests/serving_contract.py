@@ -127,6 +127,14 @@ class ServingContract:
             assert "metrics" not in plain
             assert speculative["metrics"]["speculative_decoding"]["num_accepted_draft_tokens"] > 0
 
+    def test_logprobs_are_the_primary_s(self, cluster: Cluster) -> None:
+        plain = cluster.complete(block_length=0, logprobs=2)["choices"][0]["logprobs"]
+        speculative = cluster.complete(block_length=4, logprobs=2)["choices"][0]["logprobs"]
+        assert speculative["tokens"] == plain["tokens"]
+        assert speculative["token_logprobs"] == pytest.approx(plain["token_logprobs"], abs=1e-3)
+        for top, chosen in zip(plain["top_logprobs"], plain["token_logprobs"], strict=True):
+            assert max(top.values()) == chosen  # greedy
+
     def test_four_completions_of_one_prompt(self, cluster: Cluster) -> None:
         arguments: dict[str, Any] = {
             "model": cluster.model,
@@ -200,6 +208,19 @@ class ServingContract:
             assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "temperature" in raised.value.details()
 
+    def test_a_cancelled_grpc_call_frees_both_pools(self, cluster: Cluster) -> None:
+        with grpc.insecure_channel(cluster.grpc) as channel:
+            _, message = reflected(channel)
+            generate = channel.unary_stream(
+                f"/{SERVICE}/Generate",
+                request_serializer=lambda request: request.SerializeToString(),
+                response_deserializer=message("GenerateResponse").FromString,
+            )
+            call = generate(message("GenerateRequest")(text=PROMPT, max_tokens=LONG, ignore_eos=True), timeout=60)
+            next(call)
+            call.cancel()
+        self.assert_idle(cluster)
+
     def test_grpc_health(self, cluster: Cluster) -> None:
         with grpc.insecure_channel(cluster.grpc) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
@@ -227,6 +248,9 @@ class ServingContract:
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     client.send(client.build_request("POST", sending.url, json=body, timeout=0.2))
+        self.assert_idle(cluster)
+
+    def assert_idle(self, cluster: Cluster) -> None:
         eventually(lambda: cluster.num_running() == 0, "the primaries let go of the sequence", 15)
         eventually(lambda: cluster.drafter_sequences() == 0, "the drafters let go of the sequence", 15)
 

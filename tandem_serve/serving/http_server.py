@@ -17,8 +17,8 @@ class HttpServer:
     def __init__(self, app: ASGIApp, *, host: str, port: int) -> None:
         """Binds the port (0: any free one), so that `port` is known. Raises OSError where it is taken."""
         self._socket = socket.create_server((host, port), backlog=1024)
-        # Connections inherit it. asyncio would set it only on sockets that were made with IPPROTO_TCP spelt out; without
-        # it every response waits 40 ms for the client's delayed acknowledgement of its headers.
+        # Connections inherit it. asyncio sets it only on sockets that were made with IPPROTO_TCP spelt out; without it
+        # every response waits 40 ms for the client's delayed acknowledgement of its headers.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
         self._task: asyncio.Task[None] | None = None

@@ -188,11 +188,16 @@ class CompletionResponses(Responses):
         return Logprobs(
             tokens=tokens,
             token_logprobs=[_finite(logprob.logprob) for logprob in logprobs],
-            top_logprobs=[
-                {self._token_text(token_id): _finite(value) for token_id, value in logprob.top} for logprob in logprobs
-            ],
+            top_logprobs=[self._top(logprob) for logprob in logprobs],
             text_offset=offsets,
         )
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        """By text, the chosen token among them; of tokens that share a text (parts of characters) the likeliest."""
+        by_text: dict[str, float] = {}
+        for token_id, value in (*logprob.top, (logprob.token_id, logprob.logprob)):
+            by_text.setdefault(self._token_text(token_id), _finite(value))
+        return by_text
 
     def _whole(self, **fields: Any) -> BaseModel:
         return Completion.model_construct(**fields)

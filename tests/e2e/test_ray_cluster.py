@@ -66,8 +66,10 @@ class Up:
         """Every process of the cluster that lives."""
         return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and self._is_ours(entry)]
 
-    def end(self, number: int) -> int:
-        self._process.send_signal(number)
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def exit_status(self) -> int:
         return self._process.wait(120)
 
     def _is_up(self) -> bool:
@@ -97,8 +99,8 @@ def _command(pid: int) -> str:
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     up = Up(tmp_path_factory.mktemp("ray"))
     yield up
-    assert up.processes()
-    assert up.end(signal.SIGTERM) == 0
+    up.stop()
+    assert up.exit_status() == 0
     eventually(lambda: not up.processes(), "no process is left behind")
 
 
@@ -122,3 +124,13 @@ class TestRayCluster(ServingContract):
         plain = cluster.text(block_length=0, **body)
         choices = cluster.choices_while({5: lambda: up.kill_replica("primary")}, **body)
         assert "".join(choice["text"] for choice in choices) == plain
+
+    def test_a_stream_outlives_the_order_to_stop(self, up: Up, cluster: Cluster) -> None:
+        """The last test: it ends the cluster."""
+        body = {"temperature": 0.9, "seed": 5, "max_tokens": LONG, "ignore_eos": True}
+        plain = cluster.text(block_length=0, **body)
+        assert up.processes()
+        choices = cluster.choices_while({5: up.stop}, **body)
+        assert "".join(choice["text"] for choice in choices) == plain
+        assert up.exit_status() == 0
+        eventually(lambda: not up.processes(), "no process is left behind")

@@ -60,10 +60,11 @@ class Pools:
         lines = [line for line in text.splitlines() if line.startswith("tandem:drafter_num_sequences ")]
         return int(float(lines[0].split()[1]))
 
-    def end(self) -> dict[str, int]:
-        """Exit statuses after SIGTERM."""
+    def stop(self) -> None:
         for process in self._processes.values():
             process.send_signal(signal.SIGTERM)
+
+    def exit_statuses(self) -> dict[str, int]:
         return {name: process.wait(30) for name, process in self._processes.items()}
 
     def _start(self, role: str, *arguments: object) -> None:
@@ -98,7 +99,8 @@ def _port(address: str) -> tuple[str, str]:
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
     pools = Pools(tmp_path_factory.mktemp("pools"))
     yield pools
-    assert pools.end() == {"drafter": 0, "primary": 0, "router": 0}
+    pools.stop()
+    assert pools.exit_statuses() == {"drafter": 0, "primary": 0, "router": 0}
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,11 @@ class TestPlainProcesses(ServingContract):
             result = CliRunner().invoke(command_line, arguments)
             assert (result.exit_code, nowhere in result.output) == (1, True)
             assert "Traceback" not in result.output
+
+    def test_a_stream_outlives_the_order_to_stop(self, pools: Pools, cluster: Cluster) -> None:
+        """The last test: it ends all three processes."""
+        body = {"temperature": 0.9, "seed": 5, "max_tokens": LONG, "ignore_eos": True}
+        plain = cluster.text(block_length=0, **body)
+        choices = cluster.choices_while({5: pools.stop}, **body)
+        assert "".join(choice["text"] for choice in choices) == plain
+        assert pools.exit_statuses() == {"drafter": 0, "primary": 0, "router": 0}
