@@ -117,7 +117,7 @@ class PairingRouter:
         for client in list(self._clients.values()):
             try:
                 return await client.info()
-            except Unavailable as error:
+            except TandemError as error:
                 reason = str(error)
         raise Unavailable(f"no primary can be reached: {reason}")
 
