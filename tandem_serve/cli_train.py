@@ -118,6 +118,8 @@ def drafter(
     distillation_weight: Annotated[float, typer.Option(min=0, max=1, help="Stage 2's share of ML's softmax.")] = 0.5,
     cross_entropy_share: Annotated[float, typer.Option(min=0, max=1, help="Stage 1's share of the steps.")] = 0.15,
     sampled_tokens: Annotated[str, typer.Option(help="Tokens that the primary writes as further text; 0: none.")] = "0",
+    sampled_share: Annotated[float, typer.Option(min=0, max=1, help="Share of steps on the primary's text.")] = 0.5,
+    start_from: Annotated[Path | None, typer.Option(help="Begin with the drafters of that finished run.")] = None,
     sequence_length: int = 512,
     batch_size: int = 4,
     learning_rate: float = 5e-3,
@@ -154,6 +156,7 @@ def drafter(
             distillation_weight=distillation_weight,
             cross_entropy_share=cross_entropy_share,
             sampled_tokens=0 if sampled_tokens == "0" else parse_tokens(sampled_tokens),
+            sampled_share=sampled_share,
         )
         trainer = TrainerConfig(
             num_steps=max(1, parse_tokens(tokens) // (sequence_length * batch_size)),
@@ -172,6 +175,7 @@ def drafter(
             trainer,
             resume=resume,
             compiled=compile,
+            start_from=start_from,
             details={"data": data, "held_out": [d.name for d in held_out]},
         )
         typer.echo("drafters written to " + ", ".join(map(str, folders)))

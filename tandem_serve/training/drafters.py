@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tandem_serve.errors import ConfigError
-from tandem_serve.models.checkpoint import atomic_folder, fingerprint, load_decoder, load_tokenizer, write_model
+from tandem_serve.models.checkpoint import (
+    atomic_folder,
+    fingerprint,
+    load_decoder,
+    load_drafter,
+    load_tokenizer,
+    write_model,
+)
 from tandem_serve.models.decoder import Decoder, DecoderConfig, causal_attention
 from tandem_serve.models.tandem import TandemConfig, TandemDrafter, resolve_layer_map
 from tandem_serve.training.corpus import Document, corpus_hash
@@ -27,7 +34,7 @@ from tandem_serve.training.trainer import Trainer, TrainerConfig
 
 TANDEM, PLAIN = "drafter", "plain-drafter"
 _SAMPLED_PROMPT = 32  # tokens of training text that open each text of the primary's own
-_SAMPLED_BATCH = 64
+_SAMPLED_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class DrafterConfig:
     distillation_weight: float = 0.5
     cross_entropy_share: float = 0.15  # of the steps: stage 1, before the primary's softmax joins
     sampled_tokens: int = 0  # length of the text that the primary writes itself, to be trained on with the corpus
+    sampled_share: float = 0.5  # of the steps, that train on it
+    start_from: str = ""  # fingerprints of the drafters that a run goes on from, set by train_drafters
 
 
 class PrimaryView(NamedTuple):
@@ -62,6 +71,7 @@ class DrafterTask:
         primary: Decoder,
         models: Mapping[str, TandemDrafter | Decoder],
         windows: TokenWindows,
+        sampled: TokenWindows | None,
         config: DrafterConfig,
         identity: Mapping[str, Any],
         device: str,
@@ -72,6 +82,7 @@ class DrafterTask:
         self._drafters = models
         self._primary = primary
         self._windows = windows
+        self._sampled = sampled
         self._config = config
         self._device = device
         tandem = models.get(TANDEM)
@@ -80,7 +91,7 @@ class DrafterTask:
         self._view = torch.compile(self._run_primary) if identity["compile"] else self._run_primary
 
     def losses(self, step: int, num_steps: int) -> dict[str, Tensor]:
-        batch = self._windows.batch(step).to(self._device)
+        batch = self._batch(step).to(self._device)
         token_ids, targets = batch[:, :-1], batch[:, 1:]
         with torch.no_grad():
             view = self._view(token_ids)
@@ -92,6 +103,14 @@ class DrafterTask:
             logits = drafter_logits(drafter, token_ids, view.representations, blocks.to(self._device))
             losses[name] = distillation_loss(logits, targets, view.probabilities, weight)
         return losses
+
+    def _batch(self, step: int) -> Tensor:
+        """The corpus's windows and the primary's own take turns, evenly, in the proportion asked for."""
+        share = self._config.sampled_share if self._sampled else 0.0
+        turn = int(step * share)  # sampled batches so far
+        if self._sampled and int((step + 1) * share) > turn:
+            return self._sampled.batch(turn)
+        return self._windows.batch(step - turn)
 
     def _run_primary(self, token_ids: Tensor) -> PrimaryView:
         num_tokens = token_ids.shape[1]
@@ -121,15 +140,26 @@ def train_drafters(
     *,
     resume: bool = True,
     compiled: bool = False,
+    start_from: Path | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Trains the drafters named in config.kinds and writes each, in bf16, to `folder/KIND`."""
+    """Trains the drafters named in config.kinds and writes each, in bf16, to `folder/KIND`.
+
+    With `start_from`, a folder that holds a finished drafter of each kind, their weights are where this run begins.
+    """
     run = RunFolder(folder)
     if not resume:
         run.clear()
     primary = load_decoder(primary_folder, device=trainer.device)
-    stream = _token_stream(run, primary, primary_folder, training, config, batches.seed, trainer.device)
-    windows = TokenWindows(stream, batches.sequence_length, batches.batch_size, batches.seed)
+    separator = primary.config.eos_token_ids[0] if primary.config.eos_token_ids else 0
+    corpus = encode_documents(training, load_tokenizer(primary_folder), separator)
+    cut = (batches.sequence_length, batches.batch_size, batches.seed)
+    windows = TokenWindows(corpus, *cut)
+    sampled = (
+        TokenWindows(_sampled(run, primary, corpus, config, batches.seed), *cut) if config.sampled_tokens else None
+    )
+    if start_from:
+        config = replace(config, start_from=" ".join(fingerprint(start_from / kind) for kind in config.kinds))
     primary_fingerprint = fingerprint(primary_folder)
     identity = {
         "data_hash": corpus_hash(training),
@@ -142,8 +172,11 @@ def train_drafters(
         kind: _build(kind, config, primary.config, primary_fingerprint, batches.seed, trainer.device)
         for kind in config.kinds
     }
-    task = DrafterTask(primary, models, windows, config, identity, trainer.device)
-    run.write_provenance({**(details or {}), **identity, "num_tokens": len(stream), "num_steps": trainer.num_steps})
+    if start_from:
+        for kind, model in models.items():
+            model.load_state_dict(load_drafter(start_from / kind, device=trainer.device).state_dict())
+    task = DrafterTask(primary, models, windows, sampled, config, identity, trainer.device)
+    run.write_provenance({**(details or {}), **identity, "num_tokens": len(corpus), "num_steps": trainer.num_steps})
     loop = Trainer(task, trainer, run)
     loop.resume()
     loop.run()
@@ -183,31 +216,21 @@ def _build(
     return drafter
 
 
-def _token_stream(
-    run: RunFolder,
-    primary: Decoder,
-    primary_folder: Path,
-    training: Sequence[Document],
-    config: DrafterConfig,
-    seed: int,
-    device: str,
+def _sampled(
+    run: RunFolder, primary: Decoder, corpus: npt.NDArray[np.int32], config: DrafterConfig, seed: int
 ) -> npt.NDArray[np.int32]:
-    """The corpus, and behind it the primary's own texts; these are written once and kept in the run's folder."""
-    tokenizer = load_tokenizer(primary_folder)
-    separator = primary.config.eos_token_ids[0] if primary.config.eos_token_ids else 0
-    corpus = encode_documents(training, tokenizer, separator)
-    if not config.sampled_tokens:
-        return corpus
+    """The primary's own texts, written once and kept in the run's folder."""
     file = run.path / "sampled.npy"
     if not file.is_file():
         fresh = file.with_name(".sampled.new.npy")
-        np.save(fresh, sample_texts(primary, corpus, config.sampled_tokens, seed, device))
+        np.save(fresh, sample_texts(primary, corpus, config.sampled_tokens, seed))
         fresh.replace(file)
-    return np.concatenate((corpus, np.load(file)))
+    texts: npt.NDArray[np.int32] = np.load(file)
+    return texts
 
 
 def sample_texts(
-    primary: Decoder, corpus: npt.NDArray[np.int32], num_tokens: int, seed: int, device: str = "cpu", length: int = 256
+    primary: Decoder, corpus: npt.NDArray[np.int32], num_tokens: int, seed: int, length: int = 256
 ) -> npt.NDArray[np.int32]:
     """About num_tokens of the primary's own text, in pieces of `length` that continue bits of the corpus.
 
@@ -221,7 +244,7 @@ def sample_texts(
         prompts = torch.from_numpy(np.stack([corpus[s : s + _SAMPLED_PROMPT] for s in starts]).astype(np.int64))
         temperature = 0.8 if batch % 2 else 0.0
         texts = continuations(
-            primary, prompts.to(device), length - _SAMPLED_PROMPT, temperature=temperature, seed=seed + batch
+            primary, prompts.to(primary.device), length - _SAMPLED_PROMPT, temperature=temperature, seed=seed + batch
         )
         pieces.append(texts.cpu().numpy().astype(np.int32).reshape(-1))
     return np.concatenate(pieces)

@@ -106,6 +106,16 @@ def test_a_plain_drafter_trained_alone_equals_the_one_trained_beside_a_tandem_dr
     assert [alone[s]["plain-drafter"] for s in alone] == [beside[s]["plain-drafter"] for s in beside]
 
 
+def test_a_run_can_begin_with_another_ones_drafters(
+    corpus: Path, primary_run: Path, drafter_run: Path, tmp_path: Path
+) -> None:
+    arguments = ["--data", corpus, "--primary", primary_run / "model", "--out", tmp_path, "--both"]
+    arguments += ["--tokens", _STEP_TOKENS, "--start-from", drafter_run, "--cross-entropy-share", 0]
+    _run("drafter", *arguments)
+    first, began = _losses(tmp_path)[0], _losses(drafter_run)[0]
+    assert all(first[name] < began[name] - 1.0 for name in first)
+
+
 @pytest.mark.parametrize("kind", ["primary", "drafter"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
     kind: str, corpus: Path, primary_run: Path, drafter_run: Path, tmp_path: Path
