@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tandem_serve.serving.app import ClusterApplication
 
 HEALTHY_TIMEOUT_S = 120.0
+_LOGS = "/tmp/ray/session_latest/logs/serve"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's is hardly used: tokens and representations travel elsewhere
 
 # Before ray is imported, and only where the user has not set them.
@@ -203,15 +204,20 @@ def _deploy(applications: Sequence[ClusterApplication], progress: Progress) -> N
     try:
         serve.run_many(targets)
     except RuntimeError as error:
-        raise ConfigError(f"the cluster did not come up: {error}") from error
+        raise ConfigError(f"the cluster did not come up (logs: {_LOGS}): {_reason() or error}") from error
 
 
-def _delete(applications: Sequence[ClusterApplication]) -> None:
-    """The router goes first: it takes nothing new and ends what runs, for which it needs the pools."""
+def _reason() -> str:
+    """What Serve knows of deployments that failed: the last line of each one's traceback."""
     from ray import serve
 
-    for application in reversed(applications):
-        serve.delete(application.name)
+    failed = [
+        (name, deployment.message)
+        for application in serve.status().applications.values()
+        for name, deployment in application.deployments.items()
+        if "Error" in deployment.message
+    ]
+    return "; ".join(f"{name}: {message.strip().splitlines()[-1]}" for name, message in failed)
 
 
 def _wait_until_healthy(url: str) -> None:
