@@ -220,6 +220,14 @@ def _reason() -> str:
     return "; ".join(f"{name}: {message.strip().splitlines()[-1]}" for name, message in failed)
 
 
+def _delete(applications: Sequence[ClusterApplication]) -> None:
+    """The router goes first: it takes nothing new and ends what runs, for which it needs the pools."""
+    from ray import serve
+
+    for application in reversed(applications):
+        serve.delete(application.name)
+
+
 def _wait_until_healthy(url: str) -> None:
     deadline = time.monotonic() + HEALTHY_TIMEOUT_S
     reason = ""
