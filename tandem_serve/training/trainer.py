@@ -52,9 +52,9 @@ class TrainerConfig:
 
 
 def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
-    """bf16 autocast where asked for; `auto` uses it on a GPU and on a CPU with matrix units for it.
+    """bf16 autocast where asked for; `auto` uses it on a GPU and on a CPU that multiplies bf16 (AVX-512 BF16 or AMX).
 
-    Plain AVX-512 multiplies bf16 no faster than float32, and the casts then cost more than they save.
+    Other CPUs widen bf16 to float32 first, and the casts cost more than they save.
 
     Raises:
         ConfigError: for another name.
@@ -62,7 +62,8 @@ def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
     if precision not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"precision {precision!r}: expected auto, bf16 or fp32")
     kind = torch.device(device).type
-    wanted = precision == "bf16" or (precision == "auto" and (kind == "cuda" or torch.cpu._is_amx_tile_supported()))
+    multiplies_bf16 = kind == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    wanted = precision == "bf16" or (precision == "auto" and multiplies_bf16)
     return torch.autocast(kind, torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
