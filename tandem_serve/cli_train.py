@@ -107,7 +107,8 @@ def drafter(
         bool, typer.Option("--both", help="Tandem and baseline side by side, on the same batches.")
     ] = False,
     layer_map: Annotated[
-        str, typer.Option(help="last, uniform, or one primary layer per drafter layer: 4,8.")
+        str,
+        typer.Option(help="last, uniform, or each drafter layer's primary layers: 4,8, or 2+8 for several at once."),
     ] = "uniform",
     block_lengths: Annotated[str, typer.Option(help="One length or a range, drawn per batch. 2: the paper's.")] = "1-8",
     layers: int = 2,

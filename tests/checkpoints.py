@@ -60,9 +60,10 @@ def make_drafter(
     layers, hidden = ms.config.num_layers, ms.config.hidden_size
     if layer_map is None:
         layer_map = range(layers)
-    mapped = resolve_layer_map(layer_map, layers, layers) if isinstance(layer_map, str) else tuple(layer_map)
+    spec = layer_map if isinstance(layer_map, str) else ",".join(map(str, layer_map))
+    mapped = resolve_layer_map(spec, layers, layers)
     drafter = TandemDrafter(ms, TandemConfig(mapped, hidden, layers, fingerprint(primary)))
-    drafter.ff.data.copy_(torch.eye(hidden))
+    drafter.ff.data.copy_(torch.eye(hidden).repeat(len(mapped[0]), 1))
     with atomic_folder(path) as folder:
         write_model(drafter, folder, tokenizer_from=primary)
     return path

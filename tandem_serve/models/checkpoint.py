@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tandem_serve.errors import CheckpointError
+from tandem_serve.errors import CheckpointError, ConfigError
 from tandem_serve.models.config import DecoderConfig
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.folder import eos_token_ids, load_tokenizer, read_json, resolve_folder, tokenizer_hash
-from tandem_serve.models.tandem import TandemConfig, TandemDrafter
+from tandem_serve.models.tandem import TandemConfig, TandemDrafter, check_layer_map
 from tandem_serve.models.weights import WEIGHTS_FILE, Shards, check_shapes, hf_tensors
 from tandem_serve.types import DrafterInfo, PrimaryInfo
 
@@ -118,7 +118,7 @@ def write_model(model: TandemDrafter | Decoder, folder: Path, *, tokenizer_from:
     if isinstance(model, TandemDrafter):
         t = model.config
         config["tandem"] = {
-            "layer_map": list(t.layer_map),
+            "layer_map": [taps[0] if len(taps) == 1 else list(taps) for taps in t.layer_map],
             "primary_hidden_size": t.primary_hidden_size,
             "primary_num_layers": t.primary_num_layers,
             "primary_fingerprint": t.primary_fingerprint,
@@ -229,16 +229,23 @@ def _tandem_config(hf: Mapping[str, Any]) -> TandemConfig | None:
         return None
     try:
         config = TandemConfig(
-            layer_map=tuple(int(layer) for layer in block["layer_map"]),
+            layer_map=tuple(_taps(entry) for entry in block["layer_map"]),
             primary_hidden_size=int(block["primary_hidden_size"]),
             primary_num_layers=int(block["primary_num_layers"]),
             primary_fingerprint=str(block["primary_fingerprint"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: damaged tandem block: {error!r}") from error
-    if not all(0 <= layer <= config.primary_num_layers for layer in config.layer_map):
-        raise CheckpointError(f"config.json: tandem.layer_map {config.layer_map} names layers the primary has not")
+    try:
+        check_layer_map(config.layer_map, config.primary_num_layers)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: tandem.layer_map: {error}") from error
     return config
+
+
+def _taps(entry: Any) -> tuple[int, ...]:
+    """One layer's taps: a number, or a list of them."""
+    return tuple(int(tap) for tap in entry) if isinstance(entry, list) else (int(entry),)
 
 
 def _name(path_or_hub_id: str | Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self, TypedDict, cast
+from typing import Any, Literal, NamedTuple, NotRequired, Self, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tandem_serve.models.config import DecoderConfig
 from tandem_serve.models.norm import RmsNorm
+from tandem_serve.models.packed import Packed, add_product, can_pack, pack, product
 from tandem_serve.models.rope import rope_table, rotate
 
 __all__ = ["Attend", "Decoder", "DecoderConfig", "DecoderOutput", "Rotation", "causal_attention", "masked_attention"]
@@ -57,6 +58,10 @@ class LayerWeights(TypedDict):
     mlp_norm: Tensor  # [d]
     gate_up: Tensor  # [d, 2 * F]: columns of gate, then up
     down: Tensor  # [F, d]
+    kv: NotRequired[Tensor]  # qkv's columns of k, then v: where matrices are packed, they cannot be cut out later
+
+
+_MATRICES: tuple[Literal["qkv", "output", "gate_up", "down"], ...] = ("qkv", "output", "gate_up", "down")
 
 
 class _Layer(nn.Module):
@@ -109,7 +114,8 @@ class Decoder(nn.Module):
         self._qk_v = (c.num_heads + c.num_kv_heads, c.num_kv_heads)
         self._q_k = (c.num_heads, c.num_kv_heads)
         self._gate_up = (c.intermediate_size, c.intermediate_size)
-        self.layer_weights = [layer.weights() for layer in self.layers if isinstance(layer, _Layer)]
+        self.layer_weights: list[LayerWeights] = [x.weights() for x in self.layers if isinstance(x, _Layer)]
+        self._packed_head: Packed | None = None
         self._build_rope()
 
     def _build_rope(self) -> None:
@@ -117,7 +123,27 @@ class Decoder(nn.Module):
         table = rope_table(c.rope, c.head_dim, 0 if self.norm.is_meta else c.max_position_embeddings)
         self.rope = table.to(self.norm.device, self.norm.dtype)
 
+    def pack(self) -> Self:
+        """Lays the matrices out for inference on a CPU (packed.py), in place; elsewhere it does nothing.
+
+        Their parameters are gone afterwards: a packed decoder can neither be trained, saved, copied nor moved.
+        """
+        if self._packed_head is None and can_pack(self.norm):
+            self._packed_head = pack(self.embedding.t() if self.head is None else self.head)
+            self.head = None
+            self.layer_weights = [self._packed(w) for w in self.layer_weights]
+            for layer in self.layers:
+                layer._parameters.update(dict.fromkeys(_MATRICES))
+        return self
+
+    def _packed(self, w: LayerWeights) -> LayerWeights:
+        first_key = self.config.num_heads * self.config.head_dim
+        matrices = {name: pack(w[name]) for name in _MATRICES}  # Packed, which the products below take for a Tensor
+        return cast(LayerWeights, {**w, **matrices, "kv": pack(w["qkv"][:, first_key:])})
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._packed_head is not None:
+            raise RuntimeError("a packed decoder cannot be moved or cast: load it again")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._build_rope()  # afresh: rounded to bf16 and back it would lose positions
         return self
@@ -168,7 +194,7 @@ class Decoder(nn.Module):
         for index, w in enumerate(self.layer_weights):
             if index in taps:
                 states[index] = x
-            qkv = normalise(x, w["attention_norm"]) @ w["qkv"]
+            qkv = product(normalise(x, w["attention_norm"]), w["qkv"])
             if w["qkv_bias"] is not None:
                 qkv = qkv + w["qkv_bias"]
             if cos.dtype is not qkv.dtype:  # autocast
@@ -180,7 +206,7 @@ class Decoder(nn.Module):
             x = add_product(x, attend(index, q, k, v), w["output"])
             if w["output_bias"] is not None:
                 x = x + w["output_bias"]
-            gate, up = (normalise(x, w["mlp_norm"]) @ w["gate_up"]).split_with_sizes(self._gate_up, -1)
+            gate, up = product(normalise(x, w["mlp_norm"]), w["gate_up"]).split_with_sizes(self._gate_up, -1)
             x = add_product(x, F.silu(gate) * up, w["down"])
         states[len(self.layer_weights)] = x
         return DecoderOutput(normalise(x, self.norm), [states[tap] for tap in taps])
@@ -193,7 +219,7 @@ class Decoder(nn.Module):
     def keys_values(self, index: int, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """What layer `index` would cache for an input x [..., d]: k and v [..., Hkv, D], k rotated."""
         w, first = self.layer_weights[index], self.config.num_heads * self.config.head_dim
-        kv = self._normalise(x, w["attention_norm"]) @ w["qkv"][:, first:]
+        kv = product(self._normalise(x, w["attention_norm"]), w["kv"] if "kv" in w else w["qkv"][:, first:])
         if w["qkv_bias"] is not None:
             kv = kv + w["qkv_bias"][first:]
         k, v = kv.view(*kv.shape[:-1], -1, self.config.head_dim).chunk(2, -2)
@@ -203,6 +229,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] after the final norm -> [..., V]."""
+        if self._packed_head is not None:
+            return product(hidden, self._packed_head)
         return F.linear(hidden, self.embedding) if self.head is None else hidden @ self.head
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, taps: Sequence[int] = ()) -> DecoderOutput:
@@ -210,11 +238,6 @@ class Decoder(nn.Module):
         return self.run_layers(self.embed(token_ids), positions, attend, taps)
 
     __call__ = forward  # typed, and without nn.Module's hooks, whose check costs a small model's step 15 us
-
-
-def add_product(x: Tensor, a: Tensor, matrix: Tensor) -> Tensor:
-    """x + a @ matrix; in one kernel for the flat [N, d] of serving. (Autocast would round x there: [B, T, d] only.)"""
-    return torch.addmm(x, a, matrix) if x.dim() == 2 else x + a @ matrix
 
 
 def causal_attention(config: DecoderConfig, num_tokens: int, device: torch.device | str = "cpu") -> Attend:
@@ -228,7 +251,7 @@ def causal_attention(config: DecoderConfig, num_tokens: int, device: torch.devic
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = masks.get(config.sliding_windows[index])
         if mask is None and q.is_cpu and torch.compiler.is_compiling():
-            return _causal_attention_by_chunks(q, k, v)
+            return attention_by_chunks(q, k, v)
         return masked_attention(q, k, v, mask)
 
     return attend
@@ -237,7 +260,7 @@ def causal_attention(config: DecoderConfig, num_tokens: int, device: torch.devic
 _QUERIES_PER_CHUNK = 128
 
 
-def _causal_attention_by_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention_by_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention as plain products of [chunk, keys so far], for a compiler that fuses what lies between them.
 
     On a CPU in bfloat16, forward and backward, 2.6 times as fast as torch's flash kernel ([16, 512, 6, 64]: 43 ms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,13 @@ from tandem_serve.models.norm import RmsNorm
 
 @dataclass(frozen=True)
 class TandemConfig:
-    """Which primary feeds a drafter, and how. layer_map[j] is the paper's l(j): the tap that MS layer j reads."""
+    """Which primary feeds a drafter, and how.
 
-    layer_map: tuple[int, ...]
+    layer_map[j] is the paper's l(j), the tap that MS layer j reads; or several taps, side by side, equally many for
+    each layer.
+    """
+
+    layer_map: tuple[tuple[int, ...], ...]
     primary_hidden_size: int
     primary_num_layers: int
     primary_fingerprint: str
@@ -24,26 +29,40 @@ class TandemConfig:
     @property
     def taps(self) -> tuple[int, ...]:
         """The primary layers that must be sent, ascending and without repetition."""
-        return tuple(sorted(set(self.layer_map)))
+        return tuple(sorted({tap for taps in self.layer_map for tap in taps}))
 
 
-def resolve_layer_map(spec: str, num_ms_layers: int, num_ml_layers: int) -> tuple[int, ...]:
-    """`last` (every MS layer reads the primary's last), `uniform` (evenly spread) or one number a MS layer, "4,8".
+def resolve_layer_map(spec: str, num_ms_layers: int, num_ml_layers: int) -> tuple[tuple[int, ...], ...]:
+    """The taps of each MS layer.
+
+    `last` (every MS layer reads the primary's last), `uniform` (evenly spread), or for each MS layer its taps: "4,8",
+    or "2+4,2+8" where it reads several. One such entry alone holds for every layer: "2+8".
 
     Raises:
         ConfigError: for anything else, or a layer that the primary does not have.
     """
     if spec == "last":
-        return (num_ml_layers,) * num_ms_layers
+        return ((num_ml_layers,),) * num_ms_layers
     if spec == "uniform":
-        return tuple(max(1, round((j + 1) * num_ml_layers / num_ms_layers)) for j in range(num_ms_layers))
+        return tuple((max(1, round((j + 1) * num_ml_layers / num_ms_layers)),) for j in range(num_ms_layers))
     try:
-        layers = tuple(int(part) for part in spec.split(","))
+        layer_map = tuple(tuple(int(tap) for tap in entry.split("+")) for entry in spec.split(","))
     except ValueError:
-        raise ConfigError(f"layer map {spec!r}: expected last, uniform or numbers such as 4,8") from None
-    if len(layers) != num_ms_layers or not all(0 <= layer <= num_ml_layers for layer in layers):
-        raise ConfigError(f"layer map {spec!r}: expected {num_ms_layers} numbers from 0 to {num_ml_layers}")
-    return layers
+        raise ConfigError(f"layer map {spec!r}: expected last, uniform, or taps such as 4,8 or 2+8") from None
+    if len(layer_map) == 1:
+        layer_map *= num_ms_layers
+    if len(layer_map) != num_ms_layers:
+        raise ConfigError(f"layer map {spec!r}: expected one entry for each of {num_ms_layers} drafter layers")
+    check_layer_map(layer_map, num_ml_layers)
+    return layer_map
+
+
+def check_layer_map(layer_map: tuple[tuple[int, ...], ...], num_ml_layers: int) -> None:
+    """Raises ConfigError where a layer map names layers that the primary has not, or is ragged."""
+    if not all(0 <= tap <= num_ml_layers for taps in layer_map for tap in taps):
+        raise ConfigError(f"layer map {layer_map} names layers the primary has not: it has 0 to {num_ml_layers}")
+    if len({len(taps) for taps in layer_map}) != 1 or not layer_map[0]:
+        raise ConfigError(f"layer map {layer_map}: every drafter layer reads equally many taps, one or more")
 
 
 class TandemDrafter(nn.Module):
@@ -51,7 +70,8 @@ class TandemDrafter(nn.Module):
 
     At a verified position the *input* of MS layer j is FF_Tandem_j(rms(x^{l(j)})), on which the layer's own input norm,
     W_K, W_V and RoPE act. The tap is RMS-normalised first, without parameters and in float32: raw hidden states of a
-    primary grow to hundreds with depth. Positions of the block being drafted run through MS as in any decoder.
+    primary grow to hundreds with depth. Where l(j) is several taps, FF_Tandem reads their concatenation (as EAGLE-3
+    fuses low, middle and high features). Positions of the block being drafted run through MS as in any decoder.
     """
 
     def __init__(self, decoder: Decoder, config: TandemConfig) -> None:
@@ -62,16 +82,21 @@ class TandemDrafter(nn.Module):
         self.decoder = decoder
         self.config = config
         self.taps = config.taps
-        self._tap_index = tuple(self.taps.index(layer) for layer in config.layer_map)
+        self._tap_index = tuple(tuple(self.taps.index(tap) for tap in taps) for taps in config.layer_map)
         self._normalise = RmsNorm(config.primary_hidden_size, c.rms_norm_eps)
-        shape = (c.num_layers, config.primary_hidden_size, c.hidden_size)
-        self.ff = nn.Parameter(torch.empty(shape, dtype=decoder.dtype, device=decoder.device))  # [L_S, d_L, d_S]
+        shape = (c.num_layers, len(config.layer_map[0]) * config.primary_hidden_size, c.hidden_size)
+        self.ff = nn.Parameter(torch.empty(shape, dtype=decoder.dtype, device=decoder.device))  # [L_S, K * d_L, d_S]
 
     @torch.no_grad()
     def init_projections(self, seed: int = 0) -> TandemDrafter:
         """Random FF_Tandem, as wide as the decoder's other weights: the layer's input norm undoes any scale."""
         generator = torch.Generator(device=self.ff.device).manual_seed(seed)
         self.ff.normal_(0.0, 0.02, generator=generator)
+        return self
+
+    def pack(self) -> TandemDrafter:
+        """Decoder.pack of MS's own layers."""
+        self.decoder.pack()
         return self
 
     def project(self, representations: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -87,8 +112,8 @@ class TandemDrafter(nn.Module):
         taps = self._normalise(representations).to(self.ff.dtype).unbind(-2)
         rotation = self.decoder.rotation(positions)
         return [
-            self.decoder.keys_values(layer, taps[tap] @ self.ff[layer], rotation)
-            for layer, tap in enumerate(self._tap_index)
+            self.decoder.keys_values(layer, _side_by_side(taps, index) @ self.ff[layer], rotation)
+            for layer, index in enumerate(self._tap_index)
         ]
 
     def forward_blocks(
@@ -121,6 +146,11 @@ class TandemDrafter(nn.Module):
     def forward(self, token_ids: Tensor, representations: Tensor, block_index: Tensor) -> Tensor:
         """logits of `forward_blocks`, [B, T, V]."""
         return self.logits(self.forward_blocks(token_ids, representations, block_index))
+
+
+def _side_by_side(taps: Sequence[Tensor], index: tuple[int, ...]) -> Tensor:
+    """The taps [..., d_L] at `index` as one [..., K * d_L]."""
+    return taps[index[0]] if len(index) == 1 else torch.cat([taps[i] for i in index], -1)
 
 
 def _block_masks(block_index: Tensor, windows: set[int | None]) -> dict[int | None, Tensor]:

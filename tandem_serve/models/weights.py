@@ -116,7 +116,7 @@ def check_shapes(shards: Shards, decoder: Decoder, tandem: TandemConfig | None) 
     """Compares names and shapes with what the config promises, on meta tensors: an absurd config allocates nothing."""
     expected: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in hf_tensors(decoder).items()}
     if tandem is not None:
-        shape = (decoder.config.hidden_size, tandem.primary_hidden_size)
+        shape = (decoder.config.hidden_size, len(tandem.layer_map[0]) * tandem.primary_hidden_size)
         expected |= {f"tandem.ff.{j}.weight": shape for j in range(decoder.config.num_layers)}
     for name, wanted in expected.items():
         found = shards.shapes.get(name)

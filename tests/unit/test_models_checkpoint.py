@@ -234,6 +234,8 @@ def test_whatever_config_json_holds_it_is_read_or_refused(
     [
         ({"layer_map": [3, 3]}, "2 entries for 3 layers"),
         ({"layer_map": [3, 3, 4]}, "layers the primary has not"),
+        ({"layer_map": [[1, 3], 3, 3]}, "equally many taps"),
+        ({"layer_map": [[1, 3], [1, 3], [2, 3]]}, "tandem.ff.0.weight has shape"),
         ({"layer_map": "last"}, "damaged tandem block"),
         ({"layer_map": None}, "damaged tandem block"),
         ({"primary_hidden_size": 16}, "tandem.ff.0.weight has shape"),

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from tandem_serve.errors import CheckpointError
-from tandem_serve.models.decoder import Decoder, DecoderConfig, causal_attention
+from tandem_serve.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    attention_by_chunks,
+    causal_attention,
+    masked_attention,
+)
 from tandem_serve.models.inflate import inflate
 from tandem_serve.models.norm import RmsNorm
 from tandem_serve.models.rope import RopeConfig, rope_table, rotate
@@ -161,3 +167,20 @@ def test_a_config_that_contradicts_itself_is_refused() -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("num_tokens", [40, 300])  # within a chunk of queries, and over three
+def test_attention_by_chunks_is_causal_attention(num_tokens: int, num_kv_heads: int) -> None:
+    """What a compiled training step runs on a CPU, here without the compiler."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, num_tokens, heads, 6, generator=generator) for heads in (4, num_kv_heads, num_kv_heads)]
+    q, k, v = (part.requires_grad_() for part in inputs)
+    expected, found = masked_attention(q, k, v, None), attention_by_chunks(q, k, v)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.square().sum(), (q, k, v)),
+        torch.autograd.grad(expected.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -39,7 +39,7 @@ CONFIGS = {
 }
 
 
-def build(name: str, layer_map: tuple[int, ...]) -> TandemDrafter:
+def build(name: str, layer_map: tuple[tuple[int, ...], ...]) -> TandemDrafter:
     decoder = Decoder(CONFIGS[name]).init_weights(3, std=0.4)
     for parameter in decoder.parameters():
         if parameter.dim() == 1:
@@ -72,12 +72,12 @@ def draft_incrementally(
 @settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(CONFIGS)),
-    layer_map=st.sampled_from([(9, 9), (4, 9), (9, 4), (0, 7)]),
+    layer_map=st.sampled_from([((9,), (9,)), ((9,), (4,)), ((0,), (7,)), ((4, 9), (9, 0))]),
     inner=st.sets(st.integers(1, NUM_TOKENS - 1)),
     seed=st.integers(0, 1000),
 )
 def test_cached_drafting_equals_the_parallel_pass(
-    name: str, layer_map: tuple[int, ...], inner: set[int], seed: int
+    name: str, layer_map: tuple[tuple[int, ...], ...], inner: set[int], seed: int
 ) -> None:
     drafter, starts = build(name, layer_map), [0, *sorted(inner)]
     token_ids, representations = random_input(drafter, seed)
@@ -88,7 +88,7 @@ def test_cached_drafting_equals_the_parallel_pass(
 
 
 def test_each_sequence_of_a_batch_may_have_its_own_blocks() -> None:
-    drafter = build("llama", (4, 9))
+    drafter = build("llama", ((4,), (9,)))
     inputs = [random_input(drafter, seed) for seed in (1, 2)]
     blocks = torch.stack([torch.arange(NUM_TOKENS) // 3, torch.arange(NUM_TOKENS) // 7])
     together = drafter.forward_blocks(
@@ -100,7 +100,7 @@ def test_each_sequence_of_a_batch_may_have_its_own_blocks() -> None:
 
 
 def test_one_block_is_the_plain_decoder_and_ignores_the_primary() -> None:
-    drafter = build("llama", (4, 9))
+    drafter = build("llama", ((4,), (9,)))
     token_ids, representations = random_input(drafter, 1)
     blocks = torch.zeros(1, NUM_TOKENS, dtype=torch.int64)
     attend = causal_attention(drafter.decoder.config, NUM_TOKENS)
@@ -109,7 +109,7 @@ def test_one_block_is_the_plain_decoder_and_ignores_the_primary() -> None:
 
 
 def test_a_position_sees_the_primary_of_earlier_blocks_only() -> None:
-    drafter = build("llama", (4, 9))
+    drafter = build("llama", ((4,), (9,)))
     token_ids, representations = random_input(drafter, 1)
     blocks = (torch.arange(NUM_TOKENS) // 4)[None]
     before = drafter.forward_blocks(token_ids[None], representations[None], blocks)[0]
@@ -121,7 +121,7 @@ def test_a_position_sees_the_primary_of_earlier_blocks_only() -> None:
 
 def test_the_size_of_a_tap_does_not_matter() -> None:
     """A tap of 0.05 would be lost in the layer norm's epsilon, if it were not normalised itself."""
-    drafter = build("llama", (9, 9))
+    drafter = build("llama", ((9,), (9,)))
     _, representations = random_input(drafter, 1)
     positions = torch.arange(NUM_TOKENS)
     large, small = drafter.project(representations, positions), drafter.project(representations / 600, positions)
@@ -134,7 +134,7 @@ def test_the_size_of_a_tap_does_not_matter() -> None:
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_what_is_cached_for_an_input_is_what_the_layer_itself_would_cache(name: str) -> None:
-    decoder = build(name, (9, 9)).decoder
+    decoder = build(name, ((9,), (9,))).decoder
     token_ids, positions = torch.arange(10), torch.arange(20, 30)
     cached: list[tuple[Tensor, Tensor]] = []
 
@@ -150,7 +150,7 @@ def test_what_is_cached_for_an_input_is_what_the_layer_itself_would_cache(name: 
 
 
 def test_gradients_reach_every_weight_also_under_autocast() -> None:
-    drafter = build("qwen3", (4, 9)).requires_grad_(True)
+    drafter = build("qwen3", ((4,), (9,))).requires_grad_(True)
     token_ids, representations = random_input(drafter, 1)
     blocks = (torch.arange(NUM_TOKENS) // 3)[None]
     with torch.autocast("cpu", torch.bfloat16):
@@ -162,7 +162,7 @@ def test_gradients_reach_every_weight_also_under_autocast() -> None:
 
 
 def test_bf16_serving_stays_near_float32() -> None:
-    drafter = build("llama", (4, 9))
+    drafter = build("llama", ((4,), (9,)))
     token_ids, representations = random_input(drafter, 1)
     blocks = (torch.arange(NUM_TOKENS) // 3)[None]
     exact = drafter.forward_blocks(token_ids[None], representations[None], blocks)
@@ -183,15 +183,17 @@ def test_a_drafter_that_copies_its_primary_gives_the_primarys_logits(tmp_path: P
 
 
 def test_layer_maps() -> None:
-    assert resolve_layer_map("last", 2, 8) == (8, 8)
-    assert resolve_layer_map("uniform", 2, 8) == (4, 8)
-    assert resolve_layer_map("uniform", 3, 8) == (3, 5, 8)
-    assert resolve_layer_map("uniform", 4, 2) == (1, 1, 2, 2)
-    assert resolve_layer_map("0, 8", 2, 8) == (0, 8)
-    assert TandemConfig((8, 3, 8), 16, 8, "f").taps == (3, 8)
+    assert resolve_layer_map("last", 2, 8) == ((8,), (8,))
+    assert resolve_layer_map("uniform", 2, 8) == ((4,), (8,))
+    assert resolve_layer_map("uniform", 3, 8) == ((3,), (5,), (8,))
+    assert resolve_layer_map("uniform", 4, 2) == ((1,), (1,), (2,), (2,))
+    assert resolve_layer_map("0, 8", 2, 8) == ((0,), (8,))
+    assert resolve_layer_map("2+8, 4+8", 2, 8) == ((2, 8), (4, 8))
+    assert resolve_layer_map("2+8", 3, 8) == ((2, 8),) * 3
+    assert TandemConfig(((8,), (3,), (8,)), 16, 8, "f").taps == (3, 8)
 
 
-@pytest.mark.parametrize("spec", ["", "first", "4", "4,9", "4,-1", "4,8,8", "4;8"])
+@pytest.mark.parametrize("spec", ["", "first", "4+", "4,9", "4,-1", "4,8,8", "4;8", "2+4,8"])
 def test_a_layer_map_that_cannot_be_used_is_named(spec: str) -> None:
     with pytest.raises(ConfigError, match="layer map"):
         resolve_layer_map(spec, 2, 8)
