@@ -50,7 +50,7 @@ def tiny_primary(config: DecoderConfig = CONFIG) -> tuple[Decoder, PrimaryInfo, 
     """Decoder, info and folder of the tiny primary of a configuration, made once a session. Leave it unchanged."""
     if repr(config) not in _primaries:
         path = make_primary(Path(_folder.name) / f"primary-{len(_primaries)}", config=config)
-        _primaries[repr(config)] = (load_decoder(path), primary_info(path), path)
+        _primaries[repr(config)] = (load_decoder(path).pack(), primary_info(path), path)
     return _primaries[repr(config)]
 
 
@@ -141,7 +141,7 @@ def tiny_drafter(kind: str = "tandem", config: DecoderConfig = CONFIG) -> tuple[
             make_plain_drafter(path, primary)
         else:
             make_drafter(path, primary, layer_map=None if kind == "tandem" else kind)
-        _drafters[key] = (load_drafter(path), drafter_info(path, max_block_length=16))
+        _drafters[key] = (load_drafter(path).pack(), drafter_info(path, max_block_length=16))
     return _drafters[key]
 
 

@@ -63,6 +63,8 @@ def run_decode(options: DecodeOptions, announce: Callable[[int], Callable[[], No
     num_parameters = sum(p.numel() for p in decoder.parameters())
     if options.inflate > 1:
         decoder = inflate(decoder, options.inflate)
+    num_inflated = sum(p.numel() for p in decoder.parameters())
+    decoder.pack()
     longest = info.max_model_len - options.max_tokens
     prompts = load_prompts(options.prompts, options.field, options.limit, load_tokenizer(primary), primary, longest)
     config = PrimaryEngineConfig(
@@ -83,7 +85,7 @@ def run_decode(options: DecodeOptions, announce: Callable[[int], Callable[[], No
         "num_prompts": len(prompts),
         "options": {**options.__dict__, "pair": str(options.pair.name), "modes": list(options.modes)},
         "primary_parameters": num_parameters,
-        "primary_parameters_inflated": sum(p.numel() for p in decoder.parameters()),
+        "primary_parameters_inflated": num_inflated,
         "provenance": provenance(),
     }
 
@@ -129,7 +131,7 @@ def _drafter(folder: Path, options: DecodeOptions) -> Iterator[tuple[Any, str]]:
         with drafter_process(folder, options.drafter_dtype, core=1) as address:
             yield GrpcLinkFactory(), address
         return
-    model = load_drafter(folder, dtype=DTYPES[options.drafter_dtype])
+    model = load_drafter(folder, dtype=DTYPES[options.drafter_dtype]).pack()
     config = DrafterEngineConfig()
     info = drafter_info(folder, max_block_length=config.max_block_length)
     engine = DrafterEngine(model, info, config)

@@ -47,7 +47,7 @@ def _measure(path: Path, context: int, steps: int) -> dict[str, Any]:
 
 
 def _lean(path: Path, dtype: torch.dtype, context: int) -> Callable[[], int]:
-    decoder = load_decoder(path, dtype=dtype)
+    decoder = load_decoder(path, dtype=dtype).pack()
     kv = KvBuffer(decoder.config, context + 1, dtype, decoder.device)
     with torch.inference_mode():
         forward(decoder, [Rows(kv, 0, _tokens(decoder, context), 1)])

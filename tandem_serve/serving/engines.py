@@ -31,7 +31,7 @@ def build_primary(
     """
     longest = min(config.max_model_len or config.kv_cache_tokens, config.kv_cache_tokens)
     info = primary_info(model, max_model_len=longest)
-    decoder = load_decoder(model, dtype=_DTYPES[config.dtype], device=config.device)
+    decoder = load_decoder(model, dtype=_DTYPES[config.dtype], device=config.device).pack()
     engine = TorchPrimary(decoder, info, config, link_factory=link_factory, policy=policy, metrics=metrics)
     return AsyncPrimary(engine)
 
@@ -39,5 +39,5 @@ def build_primary(
 def build_drafter(model: str, config: DrafterEngineConfig, *, metrics: DrafterMetrics | None = None) -> DrafterEngine:
     """A drafter, tandem or plain, not yet started. Raises CheckpointError."""
     info = drafter_info(model, max_block_length=config.max_block_length)
-    drafter = load_drafter(model, dtype=_DTYPES[config.dtype], device=config.device)
+    drafter = load_drafter(model, dtype=_DTYPES[config.dtype], device=config.device).pack()
     return DrafterEngine(drafter, info, config, metrics=metrics)
