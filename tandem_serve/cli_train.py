@@ -110,6 +110,9 @@ def drafter(
         str,
         typer.Option(help="last, uniform, or each drafter layer's primary layers: 4,8, or 2+8 for several at once."),
     ] = "uniform",
+    other_layer_map: Annotated[
+        list[str], typer.Option(help="A further tandem drafter with that map, beside the others; repeatable.")
+    ] = [],  # noqa: B006 - typer copies it
     block_lengths: Annotated[str, typer.Option(help="One length or a range, drawn per batch. 2: the paper's.")] = "1-8",
     layers: int = 2,
     hidden_size: int = 160,
@@ -152,6 +155,7 @@ def drafter(
             num_heads=heads,
             num_kv_heads=kv_heads,
             layer_map=layer_map,
+            other_layer_maps=tuple(other_layer_map),
             block_lengths=parse_block_lengths(block_lengths),
             kinds=(TANDEM, PLAIN) if both else (PLAIN,) if plain else (TANDEM,),
             distillation_weight=distillation_weight,

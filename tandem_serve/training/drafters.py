@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tandem_serve.errors import ConfigError
 from tandem_serve.models.checkpoint import (
     atomic_folder,
     fingerprint,
@@ -47,6 +46,7 @@ class DrafterConfig:
     num_heads: int = 5
     num_kv_heads: int = 5
     layer_map: str = "uniform"
+    other_layer_maps: tuple[str, ...] = ()  # further tandem drafters, `drafter-MAP`, to be compared with the first
     block_lengths: tuple[int, int] = (1, 8)
     kinds: tuple[str, ...] = (TANDEM,)
     distillation_weight: float = 0.5
@@ -54,6 +54,12 @@ class DrafterConfig:
     sampled_tokens: int = 0  # length of the text that the primary writes itself, to be trained on with the corpus
     sampled_share: float = 0.5  # of the steps, that train on it
     start_from: str = ""  # fingerprints of the drafters that a run goes on from, set by train_drafters
+
+    @property
+    def layer_maps(self) -> dict[str, str | None]:
+        """Every drafter's name and layer map; a plain one has none."""
+        names: dict[str, str | None] = {kind: None if kind == PLAIN else self.layer_map for kind in self.kinds}
+        return names | {f"{TANDEM}-{layer_map}": layer_map for layer_map in self.other_layer_maps}
 
 
 class PrimaryView(NamedTuple):
@@ -85,8 +91,7 @@ class DrafterTask:
         self._sampled = sampled
         self._config = config
         self._device = device
-        tandem = models.get(TANDEM)
-        self._taps = tandem.taps if isinstance(tandem, TandemDrafter) else ()
+        self._taps = tuple(sorted({t for m in models.values() if isinstance(m, TandemDrafter) for t in m.taps}))
         # Only the primary: half of a step is its pass, and drafters take longer to compile than compiling them saves.
         self._view = torch.compile(self._run_primary) if identity["compile"] else self._run_primary
 
@@ -100,9 +105,16 @@ class DrafterTask:
         weight = self._config.distillation_weight if distils else 0.0
         losses = {}
         for name, drafter in self._drafters.items():
-            logits = drafter_logits(drafter, token_ids, view.representations, blocks.to(self._device))
+            representations = self._seen_by(drafter, view.representations)
+            logits = drafter_logits(drafter, token_ids, representations, blocks.to(self._device))
             losses[name] = distillation_loss(logits, targets, view.probabilities, weight)
         return losses
+
+    def _seen_by(self, drafter: TandemDrafter | Decoder, representations: Tensor) -> Tensor:
+        """The taps that one drafter reads, of those that any reads."""
+        if not isinstance(drafter, TandemDrafter) or drafter.taps == self._taps:
+            return representations
+        return representations[..., [self._taps.index(tap) for tap in drafter.taps], :]
 
     def _batch(self, step: int) -> Tensor:
         """The corpus's windows and the primary's own take turns, evenly, in the proportion asked for."""
@@ -143,7 +155,7 @@ def train_drafters(
     start_from: Path | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Trains the drafters named in config.kinds and writes each, in bf16, to `folder/KIND`.
+    """Trains the drafters named in config.layer_maps and writes each, in bf16, to `folder/NAME`.
 
     With `start_from`, a folder that holds a finished drafter of each kind, their weights are where this run begins.
     """
@@ -159,7 +171,7 @@ def train_drafters(
         TokenWindows(_sampled(run, primary, corpus, config, batches.seed), *cut) if config.sampled_tokens else None
     )
     if start_from:
-        config = replace(config, start_from=" ".join(fingerprint(start_from / kind) for kind in config.kinds))
+        config = replace(config, start_from=" ".join(fingerprint(start_from / name) for name in config.layer_maps))
     primary_fingerprint = fingerprint(primary_folder)
     identity = {
         "data_hash": corpus_hash(training),
@@ -169,8 +181,8 @@ def train_drafters(
         "compile": compiled,
     }
     models = {
-        kind: _build(kind, config, primary.config, primary_fingerprint, batches.seed, trainer.device)
-        for kind in config.kinds
+        name: _build(layer_map, config, primary.config, primary_fingerprint, batches.seed, trainer.device)
+        for name, layer_map in config.layer_maps.items()
     }
     if start_from:
         for kind, model in models.items():
@@ -188,11 +200,9 @@ def train_drafters(
 
 
 def _build(
-    kind: str, config: DrafterConfig, ml: DecoderConfig, primary_fingerprint: str, seed: int, device: str
+    layer_map: str | None, config: DrafterConfig, ml: DecoderConfig, primary_fingerprint: str, seed: int, device: str
 ) -> TandemDrafter | Decoder:
-    """A drafter with fresh weights. Tandem and plain ones share every weight that both have."""
-    if kind not in (TANDEM, PLAIN):
-        raise ConfigError(f"drafter kind {kind!r}: expected {TANDEM} or {PLAIN}")
+    """A drafter with fresh weights, plain without a layer map. All share every weight that they have in common."""
     shape = DecoderConfig(
         vocab_size=ml.vocab_size,
         hidden_size=config.hidden_size,
@@ -206,10 +216,10 @@ def _build(
         eos_token_ids=ml.eos_token_ids,
     )
     decoder = Decoder(shape, device=device).init_weights(seed)
-    if kind == PLAIN:
+    if layer_map is None:
         return decoder
-    layer_map = resolve_layer_map(config.layer_map, config.num_layers, ml.num_layers)
-    tandem = TandemConfig(layer_map, ml.hidden_size, ml.num_layers, primary_fingerprint)
+    resolved = resolve_layer_map(layer_map, config.num_layers, ml.num_layers)
+    tandem = TandemConfig(resolved, ml.hidden_size, ml.num_layers, primary_fingerprint)
     drafter = TandemDrafter(decoder, tandem).init_projections(seed)
     with torch.no_grad():
         drafter.ff.mul_(50.0)  # MS's input norm undoes the scale; AdamW's step, which is absolute, should not dwarf it

@@ -22,6 +22,7 @@ from tandem_serve.training.run_folder import RunFolder
 _SHAPE = ["--layers", "2", "--hidden-size", "32", "--intermediate-size", "64", "--heads", "2", "--kv-heads", "1"]
 _BATCH = ["--sequence-length", "32", "--batch-size", "4", "--threads", "1", "--precision", "fp32", "--quiet"]
 _STEP_TOKENS = 4 * 32
+_BOTH_AND_A_THIRD = ["--both", "--other-layer-map", "0+2"]
 _DRAFTER_TOKENS = ["--tokens", str(41 * _STEP_TOKENS), "--sampled-tokens", "2k"]
 
 
@@ -58,7 +59,7 @@ def primary_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drafter_run(corpus: Path, primary_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("drafters")
     model = primary_run / "model"
-    _run("drafter", "--data", corpus, "--primary", model, "--out", out, *_DRAFTER_TOKENS, "--both")
+    _run("drafter", "--data", corpus, "--primary", model, "--out", out, *_DRAFTER_TOKENS, *_BOTH_AND_A_THIRD)
     return out
 
 
@@ -85,6 +86,8 @@ def test_drafters_load_and_name_their_primary(primary_run: Path, drafter_run: Pa
     tandem, plain = load_drafter(drafter_run / "drafter"), load_drafter(drafter_run / "plain-drafter")
     assert isinstance(tandem, TandemDrafter) and isinstance(plain, Decoder)
     assert tandem.taps == (1, 2)
+    third = load_drafter(drafter_run / "drafter-0+2")
+    assert isinstance(third, TandemDrafter) and third.taps == (0, 2)
     info = drafter_info(drafter_run / "drafter", max_block_length=8)
     assert info.primary_fingerprint == fingerprint(primary_run / "model")
     assert info.tokenizer_hash == primary_info(primary_run / "model").tokenizer_hash
@@ -123,7 +126,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
     if kind == "primary":
         arguments, whole = ["--vocab-size", "300", "--tokens", str(41 * _STEP_TOKENS)], primary_run
     else:
-        arguments, whole = ["--primary", str(primary_run / "model"), "--both", *_DRAFTER_TOKENS], drafter_run
+        arguments, whole = ["--primary", str(primary_run / "model"), *_BOTH_AND_A_THIRD, *_DRAFTER_TOKENS], drafter_run
     arguments += ["--data", str(corpus), "--out", str(tmp_path)]
     arguments += ["--checkpoint-interval-s", "0"]  # after every step
     process = subprocess.Popen(_command(kind, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
