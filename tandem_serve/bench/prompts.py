@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 
 from tandem_serve.errors import ConfigError
 from tandem_serve.training.corpus import read_documents
+from tandem_serve.training.held_out import heldout_prompts
 
 HELD_OUT = "heldout"
-_HELD_OUT_PROMPT_TOKENS = 192
+_HELD_OUT_PROMPT_TOKENS = 128
 
 
 def load_prompts(
@@ -34,21 +35,14 @@ def load_prompts(
 
 
 def held_out_prompts(tokenizer: Tokenizer, primary: Path, limit: int, num_tokens: int) -> list[tuple[int, ...]]:
-    """Stretches of `num_tokens` from held-out documents, spread evenly: every document once before any twice."""
+    """Stretches of `num_tokens` of the held-out documents: at 128 the very prompts of `train evaluate`."""
     provenance = _provenance(primary)
     wanted = set(provenance.get("held_out") or ())
     documents = [d for d in read_documents(str(provenance.get("data", ""))) if d.name in wanted]
     if not documents:
         raise ConfigError(f"{primary}: its provenance names no held-out documents; give --prompts FILE.jsonl")
-    streams = [tokenizer.encode(document.text).ids for document in documents]
-    streams = [ids for ids in streams if len(ids) >= num_tokens]
-    prompts: list[tuple[int, ...]] = []
-    turns = -(-limit // max(1, len(streams)))
-    for turn in range(turns):
-        for ids in streams:
-            start = (len(ids) - num_tokens) * turn // turns
-            prompts.append(tuple(ids[start : start + num_tokens]))
-    return prompts[:limit]
+    prompts = heldout_prompts(documents, tokenizer, limit, min_tokens=num_tokens, max_tokens=num_tokens)
+    return [prompt.token_ids for prompt in prompts]
 
 
 def _provenance(primary: Path) -> dict[str, Any]:

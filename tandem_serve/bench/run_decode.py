@@ -22,6 +22,7 @@ from tandem_serve.engine.drafter import DrafterEngine
 from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.errors import ConfigError
 from tandem_serve.models.checkpoint import (
+    DTYPES,
     drafter_info,
     load_decoder,
     load_drafter,
@@ -31,7 +32,6 @@ from tandem_serve.models.checkpoint import (
 from tandem_serve.models.inflate import inflate
 from tandem_serve.rpc.drafting_client import GrpcLinkFactory
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DRAFTER_FOLDERS = {"tandem": "drafter", "plain-drafter": "plain-drafter"}
 
 

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from tandem_serve.engine.forward import Rows, forward
 from tandem_serve.engine.kv_cache import KvBuffer
-from tandem_serve.models.checkpoint import load_decoder
+from tandem_serve.models.checkpoint import DTYPES, load_decoder
 from tandem_serve.models.decoder import Decoder
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def measure_steps(models: dict[str, Path], context: int, steps: int) -> dict[str, Any]:
@@ -30,7 +28,7 @@ def measure_steps(models: dict[str, Path], context: int, steps: int) -> dict[str
 
 def _measure(path: Path, context: int, steps: int) -> dict[str, Any]:
     figures: dict[str, dict[str, float]] = {"lean": {}, "transformers": {}}
-    for dtype_name, dtype in _DTYPES.items():
+    for dtype_name, dtype in DTYPES.items():
         contenders = {"lean": _lean(path, dtype, context), "transformers": _transformers(path, dtype, context)}
         times: dict[str, list[float]] = {name: [] for name in contenders}
         with torch.inference_mode():

@@ -122,10 +122,6 @@ class DraftCache:
         if sequence is not None:
             self.budget.release(sequence.reserved_tokens)
 
-    def drop_peer(self, peer_id: str) -> None:
-        for _, sequence_id in [key for key in self._sequences if key[0] == peer_id]:
-            self.drop(peer_id, sequence_id)
-
     def expire(self, now_s: float) -> None:
         """Evicts what has been idle for longer than idle_timeout_s."""
         while self._sequences and self.next_expiry_s() <= now_s:

@@ -30,6 +30,7 @@ from tandem_serve.models.weights import WEIGHTS_FILE, Shards, check_shapes, hf_t
 from tandem_serve.types import DrafterInfo, PrimaryInfo
 
 __all__ = [  # with what else callers know a checkpoint by, from folder.py
+    "DTYPES",
     "atomic_folder",
     "drafter_info",
     "eos_token_ids",
@@ -48,7 +49,8 @@ __all__ = [  # with what else callers know a checkpoint by, from folder.py
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what engines compute in, by the name in a YAML
+_DTYPE_NAMES = {torch.float16: "float16"} | {dtype: name for name, dtype in DTYPES.items()}
 
 
 # ------------------------------------------------------------------ public: load

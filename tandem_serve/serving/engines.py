@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig
 from tandem_serve.decoding.block_policy import BlockPolicy
 from tandem_serve.engine.async_primary import AsyncPrimary
@@ -11,9 +9,7 @@ from tandem_serve.engine.drafter import DrafterEngine
 from tandem_serve.engine.torch_primary import TorchPrimary
 from tandem_serve.interfaces import LinkFactory
 from tandem_serve.metrics import DrafterMetrics, PrimaryMetrics
-from tandem_serve.models.checkpoint import drafter_info, load_decoder, load_drafter, primary_info
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from tandem_serve.models.checkpoint import DTYPES, drafter_info, load_decoder, load_drafter, primary_info
 
 
 def build_primary(
@@ -31,7 +27,7 @@ def build_primary(
     """
     longest = min(config.max_model_len or config.kv_cache_tokens, config.kv_cache_tokens)
     info = primary_info(model, max_model_len=longest)
-    decoder = load_decoder(model, dtype=_DTYPES[config.dtype], device=config.device).pack()
+    decoder = load_decoder(model, dtype=DTYPES[config.dtype], device=config.device).pack()
     engine = TorchPrimary(decoder, info, config, link_factory=link_factory, policy=policy, metrics=metrics)
     return AsyncPrimary(engine)
 
@@ -39,5 +35,5 @@ def build_primary(
 def build_drafter(model: str, config: DrafterEngineConfig, *, metrics: DrafterMetrics | None = None) -> DrafterEngine:
     """A drafter, tandem or plain, not yet started. Raises CheckpointError."""
     info = drafter_info(model, max_block_length=config.max_block_length)
-    drafter = load_drafter(model, dtype=_DTYPES[config.dtype], device=config.device).pack()
+    drafter = load_drafter(model, dtype=DTYPES[config.dtype], device=config.device).pack()
     return DrafterEngine(drafter, info, config, metrics=metrics)
