@@ -168,7 +168,9 @@ def train_drafters(
     cut = (batches.sequence_length, batches.batch_size, batches.seed)
     windows = TokenWindows(corpus, *cut)
     sampled = (
-        TokenWindows(_sampled(run, primary, corpus, config, batches.seed), *cut) if config.sampled_tokens else None
+        TokenWindows(_sampled(run, primary_folder, corpus, config, batches.seed, trainer.device), *cut)
+        if config.sampled_tokens
+        else None
     )
     if start_from:
         config = replace(config, start_from=" ".join(fingerprint(start_from / name) for name in config.layer_maps))
@@ -227,11 +229,17 @@ def _build(
 
 
 def _sampled(
-    run: RunFolder, primary: Decoder, corpus: npt.NDArray[np.int32], config: DrafterConfig, seed: int
+    run: RunFolder,
+    primary_folder: Path,
+    corpus: npt.NDArray[np.int32],
+    config: DrafterConfig,
+    seed: int,
+    device: str,
 ) -> npt.NDArray[np.int32]:
     """The primary's own texts, written once and kept in the run's folder."""
     file = run.path / "sampled.npy"
     if not file.is_file():
+        primary = load_decoder(primary_folder, device=device).pack()
         fresh = file.with_name(".sampled.new.npy")
         np.save(fresh, sample_texts(primary, corpus, config.sampled_tokens, seed))
         fresh.replace(file)
