@@ -33,7 +33,7 @@ def _decoder(layers: int, width: int, seed: int) -> Decoder:
 
 
 def _tandem(primary: Decoder, seed: int = 3) -> TandemDrafter:
-    config = TandemConfig((2, 3), primary.config.hidden_size, 3, "")
+    config = TandemConfig(((2,), (3,)), primary.config.hidden_size, 3, "")
     drafter = TandemDrafter(_decoder(2, 16, seed), config).init_projections(seed)
     return drafter.requires_grad_(False)
 
