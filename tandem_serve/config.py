@@ -6,10 +6,10 @@ A path is taken relative to the file's own folder; `demo` names the committed pa
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from tandem_serve.errors import ConfigError
 
@@ -46,6 +46,41 @@ class PrimaryEngineConfig(_Part):
     draft_timeout_s: float = Field(0.5, gt=0)  # after which a round goes on without drafts
 
 
+class VllmEngineConfig(_Part):
+    """vLLM as the engine of the primary pool (docs/vllm.md). Fields that PrimaryEngineConfig has mean the same."""
+
+    engine: Literal["vllm"] = "vllm"
+    dtype: Dtype = "float32"
+    max_num_seqs: int = Field(32, ge=1, le=4096)
+    max_num_waiting: int = Field(256, ge=0)
+    max_num_batched_tokens: int = Field(2048, ge=32)
+    kv_cache_tokens: int | None = Field(None, ge=64)  # None: what gpu_memory_utilization leaves
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    enforce_eager: bool | None = None  # no torch.compile, no CUDA graphs; None: without a GPU
+    max_model_len: int | None = Field(None, ge=2)
+    taps: tuple[int, ...] | None = None  # layers whose hidden states drafters read; None: those of the drafter pool
+    representation_memory_bytes: int = Field(256 << 20, ge=0)
+    prefix_memory_bytes: int = Field(256 << 20, ge=0)  # host memory for the taps of cached prefixes
+    block_length: int = Field(5, ge=0, le=16)  # until costs have been measured; 0: no drafting
+    longest_block_length: int = Field(8, ge=1, le=16)  # thereafter, at most
+    adapts: bool = True  # the block length to measured costs; False: block_length, whatever it costs
+    synchronous: bool = False  # nobody runs while anybody's drafts are under way: for comparison
+    draft_timeout_s: float = Field(0.5, gt=0)  # at most; less where drafts are worth less
+    sampling: Literal["shared_noise", "rejection"] = "shared_noise"  # rejection: vLLM's own rejection sampler
+    engine_args: dict[str, Any] = Field(default_factory=dict)  # more of vLLM's EngineArgs, as they are
+
+
+def _engine_tag(value: Any) -> str:
+    """Which engine a YAML or model means; torch where it does not say."""
+    return str(value.get("engine", "torch") if isinstance(value, dict) else getattr(value, "engine", ""))
+
+
+AnyPrimaryEngine = Annotated[
+    Annotated[PrimaryEngineConfig, Tag("torch")] | Annotated[VllmEngineConfig, Tag("vllm")], Discriminator(_engine_tag)
+]
+
+
 class DrafterEngineConfig(_Part):
     """The drafter engine."""
 
@@ -64,7 +99,7 @@ class PrimaryPool(_Part):
     model: str  # folder or hub id
     num_replicas: int = Field(1, ge=1)
     resources: ReplicaResources = ReplicaResources()
-    engine: PrimaryEngineConfig = PrimaryEngineConfig()
+    engine: AnyPrimaryEngine = PrimaryEngineConfig()
 
 
 class DrafterPool(_Part):
@@ -120,8 +155,18 @@ def load_cluster_config(path: Path) -> ClusterConfig:
     try:
         return ClusterConfig.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(f"{_field(e['loc'])}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{path}: {problems}") from error
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """Where a file is wrong, without the engine's name that pydantic puts between `engine` and its fields."""
+    parts = [
+        str(part)
+        for before, part in zip((None, *location), location, strict=False)
+        if before != "engine" or part not in ("torch", "vllm")
+    ]
+    return ".".join(parts) or "file"
 
 
 def resolve_model(model: str, relative_to: Path) -> str:

@@ -28,6 +28,7 @@ class WithoutDraft(StrEnum):
     EVICTED = "evicted"  # the representation log ran out of memory, so no drafter can take over
     TOO_LONG = "too_long"  # for the drafter
     EMPTY = "empty"  # the drafter answered with no draft
+    NO_REPRESENTATIONS = "no_representations"  # of a cached prefix, which the primary does not run again
 
 
 class PrimaryMetrics:
@@ -60,6 +61,12 @@ class PrimaryMetrics:
         self.without_draft = {cause: self._without_draft.labels(cause.value) for cause in WithoutDraft}
         self.draft_wait = Histogram(
             "tandem:draft_wait_seconds", "From asking for a block to having it.", buckets=_SECONDS, registry=r
+        )
+        self.draft_idle = Counter(
+            "tandem:primary_draft_idle_seconds", "Time in which all that could run waited for drafts.", registry=r
+        )
+        self.hold_backs = Counter(
+            "tandem:hold_backs", "Sequences passed over in a step, their drafts being under way.", registry=r
         )
         self.draft_time = Histogram(
             "tandem:draft_seconds", "A drafter's own time for a block's batch.", buckets=_SECONDS, registry=r

@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tandem_serve.models.decoder import DecoderConfig
 from tests.checkpoints import CONFIG, make_drafter, make_primary
 
 PROMPT = "def fib(n):\n"
@@ -75,9 +76,9 @@ class Cluster:
         return sum(each["num_requests_running"] + each["num_requests_waiting"] for each in found)
 
 
-def make_pair(folder: Path) -> tuple[Path, Path]:
+def make_pair(folder: Path, config: DecoderConfig = CONFIG) -> tuple[Path, Path]:
     """A tiny primary with room for LONG tokens, and its drafter."""
-    primary = make_primary(folder / "primary", config=replace(CONFIG, max_position_embeddings=2048))
+    primary = make_primary(folder / "primary", config=replace(config, max_position_embeddings=2048))
     return primary, make_drafter(folder / "drafter", primary)
 
 

@@ -24,6 +24,7 @@ PRIOR_ACCEPTANCE = 0.6
 PRIOR_BLOCKS = 4.0  # how many blocks the prior is worth
 DECAY = 0.995  # of what a block counts, with each later block
 MAX_BLOCK_LENGTH = 16  # whatever a request asks for
+MIN_WAIT_S = 0.01  # below that, hiccups of threads and networks decide
 GAIN = 1.03  # drafting has to promise so much more than none: the model leaves out what drafts cost elsewhere
 
 
@@ -103,10 +104,11 @@ class MeasuredBlockLength:
     """A BlockPolicy that maximises the formula above, for requests that leave it to the engine.
 
     `default` until a step has been measured (0: never any), `longest` at most. It also says how long drafts are worth
-    waiting for. One thread.
+    waiting for. One thread. Unless it `adapts`: always `default`, and for as long as it takes.
     """
 
-    def __init__(self, default: int = 5, longest: int = 8) -> None:
+    def __init__(self, default: int = 5, longest: int = 8, *, adapts: bool = True) -> None:
+        self._adapts = adapts
         self._longest = longest
         self.set_default(default)
         self.acceptance = Acceptance()
@@ -142,8 +144,8 @@ class MeasuredBlockLength:
         """See BlockPolicy."""
         if requested is not None:
             return min(max(requested, 0), MAX_BLOCK_LENGTH)
-        if self.default == 0:
-            return 0
+        if self.default == 0 or not self._adapts:
+            return self.default
         if num_requests_running not in self._plans:
             self._plans[num_requests_running] = self._best(num_requests_running)
         best = self._plans[num_requests_running]
@@ -156,7 +158,7 @@ class MeasuredBlockLength:
     def longest_wait_s(self, block_length: int, num_requests_running: int) -> float:
         """What drafts may cost in waiting: the time that the tokens they are expected to bring take without them."""
         step_s = self.step_time(num_requests_running)
-        if step_s is None:
+        if step_s is None or not self._adapts:
             return float("inf")
         *_, accepted = self.acceptance.expected(block_length)
         return max(accepted * step_s, MIN_WAIT_S)
@@ -173,6 +175,3 @@ class MeasuredBlockLength:
                 if rate > best_rate:
                     best, best_rate = length, rate
         return best
-
-
-MIN_WAIT_S = 0.002  # below that, threads that wake up decide

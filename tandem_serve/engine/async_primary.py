@@ -7,9 +7,9 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-from tandem_serve.engine.torch_primary import TorchPrimary
+from tandem_serve.engine.sequence import Sink
 from tandem_serve.errors import RequestAborted, TandemError, Unavailable
 from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
@@ -19,13 +19,32 @@ MAX_FAILED_STEPS = 5  # in a row; with more a primary is no longer healthy
 _PAUSE_AFTER_FAILURE_S = 0.1  # should the loop fail time and again, it must not fill a core and the log
 
 
+class SteppedEngine(Protocol):
+    """A primary engine that somebody else steps. torch_primary.py says what each method does, and on which thread."""
+
+    num_failed_steps: int
+
+    @property
+    def info(self) -> PrimaryInfo: ...
+    def submit(self, request: GenerationRequest, sink: Sink) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def set_drafters(self, addresses: Iterable[str]) -> None: ...
+    def status(self) -> PrimaryStatus: ...
+    def wait_until_idle(self, timeout_s: float) -> bool: ...
+    def wake(self) -> None: ...
+    def wait(self) -> None: ...
+    def step(self) -> bool: ...
+    def fail_all(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class AsyncPrimary:
-    """Runs a TorchPrimary in a thread of its own (implements interfaces.Primary). `start` it, or use `async with`.
+    """Runs an engine in a thread of its own (implements interfaces.Primary). `start` it, or use `async with`.
 
     Streams may live on any event loop. One that is not read keeps its steps in memory, max_tokens at most.
     """
 
-    def __init__(self, engine: TorchPrimary) -> None:
+    def __init__(self, engine: SteppedEngine) -> None:
         self._engine = engine
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()  # the thread ends after its present step
@@ -109,7 +128,7 @@ class AsyncPrimary:
         await self.close()
 
     def _loop(self) -> None:
-        """The engine's thread. An error outside a batch (TorchPrimary fails a batch by itself) costs all requests."""
+        """The engine's thread. An error outside a batch (an engine may fail a batch by itself) costs all requests."""
         try:
             while not self._stopping.is_set():
                 try:

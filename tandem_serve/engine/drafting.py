@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import itemgetter
+from typing import Protocol
 
 from torch import Tensor
 
-from tandem_serve.config import PrimaryEngineConfig
 from tandem_serve.decoding.block_policy import BlockPolicy
 from tandem_serve.engine.drafter_links import PROBE_INTERVAL_S, DrafterLinks, DrafterPeer
 from tandem_serve.engine.outbox import Outbox
@@ -45,17 +45,39 @@ MAX_EXTEND_BYTES = 4 << 20  # of one sequence in one message: a long log goes ou
 _EMPTY_EXTEND_BYTES = credit_cost_bytes(ExtendSequence("", 0, 0, 0, (), None, None, 0))
 
 
+class DraftingLimits(Protocol):
+    """What drafting needs of an engine's configuration (config.py says what each means)."""
+
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+
+    @property
+    def representation_memory_bytes(self) -> int: ...
+
+    @property
+    def draft_timeout_s(self) -> float: ...
+
+
 class DraftCoordinator:
-    """Attaches sequences to drafters and runs their rounds. Belongs to the engine's thread; never blocks."""
+    """Attaches sequences to drafters and runs their rounds. Belongs to the engine's thread; never blocks.
+
+    `taps`: what every sequence keeps, where the engine cannot choose anew for each; None: what some drafter reads.
+    `worth_s`: how long so many drafts are worth waiting for with so many sequences running, where a request leaves the
+    block length to the engine; at most draft_timeout_s, which None means.
+    """
 
     def __init__(
         self,
-        config: PrimaryEngineConfig,
+        config: DraftingLimits,
         primary: PrimaryInfo,
         links: DrafterLinks,
         policy: BlockPolicy,
         metrics: PrimaryMetrics,
+        taps: tuple[int, ...] | None = None,
+        worth_s: Callable[[int, int], float] | None = None,
     ) -> None:
+        self._taps = taps
+        self._worth_s = worth_s
         self._config = config
         self._primary = primary
         self._links = links
@@ -73,7 +95,7 @@ class DraftCoordinator:
         if request.block_length == 0:
             return
         named = None if request.drafter_address is None else self._links.name(request.drafter_address)
-        log = self.memory.new_log(self._links.taps())
+        log = self.memory.new_log(self._links.taps() if self._taps is None else self._taps)
         sequence.speculation = Speculation(log, named, next_cooldown=COOLDOWN_ROUNDS)
 
     def record(self, sequence: Sequence, taps: tuple[int, ...], states: Tensor | None, num_positions: int) -> None:
@@ -134,6 +156,23 @@ class DraftCoordinator:
         if spec is None or (attachment := spec.attachment) is None:
             return True
         return attachment.num_asked == 0 or attachment.drafts is not None or now_s >= attachment.deadline_s
+
+    def peek_drafts(self, sequence: Sequence) -> tuple[int, ...]:
+        """The drafts that take_drafts would give; the round goes on."""
+        spec = sequence.speculation
+        attachment = spec.attachment if spec is not None else None
+        return () if attachment is None or attachment.drafts is None else attachment.drafts
+
+    def num_asked(self, sequence: Sequence) -> int:
+        """Drafts asked for in the round under way, whether they are there or not; 0 where there is none."""
+        spec = sequence.speculation
+        return 0 if spec is None or spec.attachment is None else spec.attachment.num_asked
+
+    def drop_round(self, sequence: Sequence) -> None:
+        """The sequence has moved on without the round under way, through no fault of the drafter's."""
+        spec = sequence.speculation
+        if spec is not None and spec.attachment is not None:
+            spec.attachment.num_asked, spec.attachment.drafts = 0, None
 
     def take_drafts(self, sequence: Sequence) -> tuple[int, ...]:
         """Ends the round of a sequence that runs: its drafts, or none, counted by cause."""
@@ -286,6 +325,8 @@ class DraftCoordinator:
             attachment.num_asked = block_length
             attachment.asked_at_s = now_s
             attachment.deadline_s = now_s + self._config.draft_timeout_s
+            if self._worth_s is not None and sequence.request.block_length is None:
+                attachment.deadline_s = min(attachment.deadline_s, now_s + self._worth_s(block_length, num_running))
 
     def _block_length(self, sequence: Sequence, info: DrafterInfo, num_running: int) -> int:
         """Drafts worth asking for: none past the request's last token, the drafter's length, or a step's tokens."""

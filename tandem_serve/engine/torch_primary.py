@@ -161,7 +161,10 @@ class TorchPrimary:
         if deadline is not None:
             left = max(deadline - self._clock(), 0.0)
             timeout_s = left if timeout_s is None else min(left, timeout_s)
+        started = self._clock()
         self._wake.wait(timeout_s)
+        if deadline is not None:
+            self.metrics.draft_idle.inc(self._clock() - started)
 
     @torch.inference_mode()
     def step(self) -> bool:

@@ -17,14 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem_serve.config import ClusterConfig, ReplicaResources, load_cluster_config, resolve_model
+from tandem_serve.config import (
+    ClusterConfig,
+    PrimaryEngineConfig,
+    ReplicaResources,
+    VllmEngineConfig,
+    load_cluster_config,
+    resolve_model,
+)
 from tandem_serve.errors import ConfigError, Unavailable
 from tandem_serve.models.pairs import DEMO, pair_folder
 
 if TYPE_CHECKING:
     from tandem_serve.serving.app import ClusterApplication
 
-HEALTHY_TIMEOUT_S = 120.0
+HEALTHY_TIMEOUT_S = 300.0  # vLLM takes a minute on a cold disk
 _LOGS = "/tmp/ray/session_latest/logs/serve"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's is hardly used: tokens and representations travel elsewhere
 
@@ -57,15 +64,30 @@ def load_cluster(path: Path) -> ClusterConfig:
         ConfigError: naming the file, the field and what is wrong with it.
     """
     config = load_cluster_config(path)
-    models = {}
+    models: dict[str, str] = {}
     for role, model in (("primary", config.primary.model), ("drafter", config.drafter.model)):
         models[role] = str(pair_folder(DEMO) / role) if model == DEMO else resolve_model(model, path.parent)
     return config.model_copy(
         update={
-            "primary": config.primary.model_copy(update={"model": models["primary"]}),
+            "primary": config.primary.model_copy(
+                update={"model": models["primary"], "engine": _with_taps(config, models["drafter"])}
+            ),
             "drafter": config.drafter.model_copy(update={"model": models["drafter"]}),
         }
     )
+
+
+def _with_taps(config: ClusterConfig, drafter: str) -> PrimaryEngineConfig | VllmEngineConfig:
+    """The primary's engine; vLLM must know from the start which layers the drafter pool reads."""
+    engine = config.primary.engine
+    if not isinstance(engine, VllmEngineConfig) or engine.taps is not None or not config.drafter.num_replicas:
+        return engine
+    from tandem_serve.models.checkpoint import drafter_info
+
+    if not Path(drafter).is_dir():
+        raise ConfigError(f"primary.engine.taps must be given: the drafter {drafter!r} is not here to be asked")
+    taps = drafter_info(drafter, max_block_length=config.drafter.engine.max_block_length).taps
+    return engine.model_copy(update={"taps": taps})
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig
+from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig, VllmEngineConfig
 from tandem_serve.decoding.block_policy import BlockPolicy
+from tandem_serve.decoding.goodput import MeasuredBlockLength
 from tandem_serve.engine.async_primary import AsyncPrimary
 from tandem_serve.engine.drafter import DrafterEngine
 from tandem_serve.engine.torch_primary import TorchPrimary
@@ -14,7 +15,7 @@ from tandem_serve.models.checkpoint import DTYPES, drafter_info, load_decoder, l
 
 def build_primary(
     model: str,
-    config: PrimaryEngineConfig,
+    config: PrimaryEngineConfig | VllmEngineConfig,
     *,
     link_factory: LinkFactory | None = None,
     policy: BlockPolicy | None = None,
@@ -22,9 +23,26 @@ def build_primary(
 ) -> AsyncPrimary:
     """A primary, not yet started. No sequence may be longer than the whole KV budget, so that any can be served.
 
+    Of policies, vLLM's engine takes a MeasuredBlockLength alone.
+
     Raises:
         CheckpointError: what is wrong with the model.
+        ConfigError: vLLM is asked for, and is not there or does not fit.
     """
+    if isinstance(config, VllmEngineConfig):
+        from tandem_serve.engine.vllm_primary.build import build_vllm_primary
+
+        longest = min(filter(None, (config.max_model_len, config.kv_cache_tokens)), default=None)
+        return AsyncPrimary(
+            build_vllm_primary(
+                model,
+                primary_info(model, max_model_len=longest),
+                config,
+                link_factory=link_factory,
+                policy=policy if isinstance(policy, MeasuredBlockLength) else None,
+                metrics=metrics,
+            )
+        )
     longest = min(config.max_model_len or config.kv_cache_tokens, config.kv_cache_tokens)
     info = primary_info(model, max_model_len=longest)
     decoder = load_decoder(model, dtype=DTYPES[config.dtype], device=config.device).pack()

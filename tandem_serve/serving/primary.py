@@ -8,8 +8,9 @@ from contextlib import aclosing
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tandem_serve.config import PrimaryEngineConfig
+from tandem_serve.config import PrimaryEngineConfig, VllmEngineConfig
 from tandem_serve.decoding.block_policy import FixedBlockLength
+from tandem_serve.decoding.goodput import MeasuredBlockLength
 from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.rpc.drafting_client import GrpcLinkFactory
 from tandem_serve.serving.engines import build_primary
@@ -30,16 +31,22 @@ class AdjustableBlockLength:
         return self._policy.block_length(requested, num_requests_running)
 
 
+def _block_policy(config: PrimaryEngineConfig | VllmEngineConfig) -> AdjustableBlockLength | MeasuredBlockLength:
+    if isinstance(config, VllmEngineConfig):
+        return MeasuredBlockLength(config.block_length, config.longest_block_length, adapts=config.adapts)
+    return AdjustableBlockLength(config.block_length)
+
+
 class PrimaryReplica:
     """Runs from construction to `close`. The methods that Serve calls by handle are interfaces.Primary's.
 
     `replica_id` is for discovery.DiscoveryRouter alone, which has acted on it by the time a call arrives.
     """
 
-    def __init__(self, model: str, config: PrimaryEngineConfig, *, num_threads: int = 1) -> None:
+    def __init__(self, model: str, config: PrimaryEngineConfig | VllmEngineConfig, *, num_threads: int = 1) -> None:
         """Loads the model and starts the engine. Raises CheckpointError."""
         torch.set_num_threads(num_threads)
-        self._block_length = AdjustableBlockLength(config.block_length)
+        self._block_length = _block_policy(config)
         self.registry = CollectorRegistry()
         self._primary = build_primary(
             model,

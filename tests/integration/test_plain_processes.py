@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -18,22 +18,28 @@ from typer.testing import CliRunner
 
 from tandem_serve.cli import app as command_line
 from tandem_serve.config import DrafterEngineConfig
+from tandem_serve.models.decoder import DecoderConfig
 from tandem_serve.serving.drafter import DrafterReplica
+from tests.checkpoints import CONFIG
 from tests.serving_contract import LONG, PROMPT, Cluster, ServingContract, eventually, make_pair
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 
 
 class Pools:
     """A drafter that can be killed and started again, a primary, and a router, each a process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: DecoderConfig = CONFIG, primary_options: Sequence[str] = ()) -> None:
         self.folder = folder
-        self._primary_model, self._drafter_model = make_pair(folder)
+        self._primary_model, self._drafter_model = make_pair(folder, config)
         self._drafter, self._drafter_metrics, primary, http, grpc = _free_addresses(5)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.start_drafter()
-        self._start("primary", "--model", self._primary_model, "--drafter", self._drafter, *_port(primary))
+        self._start(
+            "primary",
+            *("--model", self._primary_model, "--drafter", self._drafter, *_port(primary)),
+            *primary_options,
+        )
         self._start(
             "router",
             *("--model", self._primary_model, "--model-name", "tiny", "--primary", primary),

@@ -78,6 +78,9 @@ def test_requests_have_the_last_word_and_the_default_the_first() -> None:
     policy = MeasuredBlockLength(default=3)
     assert [policy.block_length(requested, 1) for requested in (None, 7, 0, 60)] == [3, 7, 0, 16]
     assert MeasuredBlockLength(default=0).block_length(None, 1) == 0
+    fixed = MeasuredBlockLength(default=4, adapts=False)
+    assert set(settle(fixed, 16, a_core, 0.2, 0.1, 50)) == {4}
+    assert fixed.longest_wait_s(4, 16) == float("inf")
 
 
 def test_drafts_are_waited_for_no_longer_than_they_are_worth() -> None:

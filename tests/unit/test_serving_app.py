@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
 from tandem_serve.cli import app as command_line
-from tandem_serve.config import ClusterConfig
+from tandem_serve.config import ClusterConfig, VllmEngineConfig
 from tandem_serve.errors import CheckpointError, ConfigError
 from tandem_serve.serving import app
 from tandem_serve.serving.cluster import check_models, load_cluster
@@ -58,6 +58,26 @@ def test_the_demo_file_makes_three_applications() -> None:
         ("tandem-demo-drafter", None),
         ("tandem-demo", "/"),
     ]
+
+
+@pytest.mark.parametrize("file", sorted(DEMO.parent.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_deployment_file_builds(file: Path) -> None:
+    config = load_cluster(file)
+    built = ServeDeploySchema.model_validate(yaml.safe_load(yaml.safe_dump(app.serve_config(config))))
+    assert [application.name for application in built.applications][-1] == config.name
+
+
+def test_vllm_is_told_the_taps_of_the_drafter_pool(models: Path) -> None:
+    engine = load_cluster(write(models, primary__engine={"engine": "vllm"})).primary.engine
+    assert isinstance(engine, VllmEngineConfig)
+    assert engine.taps == (0, 1, 2)
+    given = load_cluster(write(models, primary__engine={"engine": "vllm", "taps": [1]})).primary.engine
+    assert isinstance(given, VllmEngineConfig)
+    assert given.taps == (1,)
+    with pytest.raises(ConfigError, match="taps must be given"):
+        load_cluster(write(models, primary__engine={"engine": "vllm"}, drafter__model="far/away"))
+    with pytest.raises(ConfigError, match=r"primary\.engine\.block_length: "):
+        load_cluster(write(models, primary__engine={"engine": "vllm", "block_length": 99}))
 
 
 def test_the_serve_config_is_one_that_serve_takes(models: Path) -> None:
