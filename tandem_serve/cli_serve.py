@@ -23,6 +23,9 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free one, as a
 DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 MetricsPort = Annotated[int | None, typer.Option(help="Serve Prometheus here. Default: nowhere.")]
+Observability = Annotated[
+    Path | None, typer.Option(help="A cluster file, for its observability section: traces and logs.")
+]
 Threads = Annotated[int, typer.Option(min=1, help="torch threads.")]
 Addresses = Annotated[list[str] | None, typer.Option(help="host:port; may be given several times.")]
 
@@ -108,10 +111,11 @@ def drafter(
     idle_timeout_s: float = 60.0,
     representation_dtype: Annotated[str, typer.Option(help="On the wire: bf16, int8 or f32.")] = "bf16",
     metrics_port: MetricsPort = None,
+    observability: Observability = None,
 ) -> None:
     """Run one drafter as a plain process."""
     with reported():
-        from tandem_serve.config import DrafterPool
+        from tandem_serve.config import DrafterPool, load_observability
         from tandem_serve.serving.processes import run_drafter
 
         engine = {
@@ -124,7 +128,16 @@ def drafter(
             "representation_dtype": representation_dtype,
         }
         pool = _pool(DrafterPool, model=_model(model, "drafter"), engine=engine, resources={"num_threads": num_threads})
-        asyncio.run(run_drafter(pool, host=host, port=port, metrics_port=metrics_port, announce=typer.echo))
+        asyncio.run(
+            run_drafter(
+                pool,
+                host=host,
+                port=port,
+                metrics_port=metrics_port,
+                observability=load_observability(observability),
+                announce=typer.echo,
+            )
+        )
 
 
 def primary(
@@ -146,10 +159,11 @@ def primary(
     block_length: Annotated[int, typer.Option(help="Drafts a round where a request does not say.")] = 5,
     draft_timeout_s: float = 0.5,
     metrics_port: MetricsPort = None,
+    observability: Observability = None,
 ) -> None:
     """Run one primary as a plain process."""
     with reported():
-        from tandem_serve.config import PrimaryPool
+        from tandem_serve.config import PrimaryPool, load_observability
         from tandem_serve.serving.processes import run_primary
 
         fields: dict[str, Any] = {
@@ -169,7 +183,15 @@ def primary(
             fields["device"] = device
         pool = _pool(PrimaryPool, model=_model(model, "primary"), engine=fields, resources={"num_threads": num_threads})
         asyncio.run(
-            run_primary(pool, drafter or [], host=host, port=port, metrics_port=metrics_port, announce=typer.echo)
+            run_primary(
+                pool,
+                drafter or [],
+                host=host,
+                port=port,
+                metrics_port=metrics_port,
+                observability=load_observability(observability),
+                announce=typer.echo,
+            )
         )
 
 
@@ -183,14 +205,27 @@ def router(
     host: Host = "127.0.0.1",
     http_port: Port = 8000,
     grpc_port: Port = 9000,
+    metrics_port: MetricsPort = None,
+    observability: Observability = None,
 ) -> None:
     """Run one router as a plain process."""
     with reported():
-        from tandem_serve.config import RouterPool
+        from tandem_serve.config import RouterPool, load_observability
         from tandem_serve.serving.processes import run_router
 
         pool = _pool(RouterPool, model_name=model_name, host=host, http_port=http_port, grpc_port=grpc_port)
-        asyncio.run(run_router(pool, _model(model, "primary"), primary, drafter or [], announce=typer.echo))
+        primaries, drafters = primary, drafter or []
+        asyncio.run(
+            run_router(
+                pool,
+                _model(model, "primary"),
+                primaries,
+                drafters,
+                metrics_port=metrics_port,
+                observability=load_observability(observability),
+                announce=typer.echo,
+            )
+        )
 
 
 def _model(reference: str, role: str) -> str:

@@ -6,7 +6,7 @@ A path is taken relative to the file's own folder; `demo` names the committed pa
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from tandem_serve.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
+P = TypeVar("P", bound="_Part")
 
 
 class _Part(BaseModel):
@@ -133,6 +134,35 @@ class RouterPool(_Part):
     max_ongoing_requests: int = Field(1024, ge=1)
 
 
+class MetricsConfig(_Part):
+    """Prometheus, at a port of every replica's own."""
+
+    port: int | None = Field(9520, ge=0, le=65520)  # the first free of 16 from here on; 0: any free one; None: none
+
+
+class TracesConfig(_Part):
+    """OpenTelemetry."""
+
+    endpoint: str | None = None  # a collector's OTLP over gRPC: http://host:4317, or https://; None: no traces
+    sample_ratio: float = Field(0.01, ge=0, le=1)  # of requests that do not bring a trace of their own
+
+
+class LogsConfig(_Part):
+    """The package's own log lines, on standard error."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: bool = False  # a line for every request that ends, in each pool
+
+
+class ObservabilityConfig(_Part):
+    """What every replica of every pool tells of itself."""
+
+    metrics: MetricsConfig = MetricsConfig()
+    traces: TracesConfig = TracesConfig()
+    logs: LogsConfig = LogsConfig()
+
+
 class ClusterConfig(_Part):
     """One cluster: three pools, three Ray Serve applications."""
 
@@ -140,6 +170,7 @@ class ClusterConfig(_Part):
     primary: PrimaryPool
     drafter: DrafterPool
     router: RouterPool
+    observability: ObservabilityConfig = ObservabilityConfig()
 
 
 def load_cluster_config(path: Path) -> ClusterConfig:
@@ -148,12 +179,26 @@ def load_cluster_config(path: Path) -> ClusterConfig:
     Raises:
         ConfigError: naming the file, the field and what is wrong with it.
     """
+    return _checked(ClusterConfig, _read(path), path)
+
+
+def load_observability(path: Path | None) -> ObservabilityConfig:
+    """The observability section of a cluster file, for plain processes; the defaults for none. Raises ConfigError."""
+    content = {} if path is None else _read(path)
+    section = content.get("observability", {}) if isinstance(content, dict) else content
+    return _checked(ObservabilityConfig, section, path or Path())
+
+
+def _read(path: Path) -> Any:
     try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+
+
+def _checked(kind: type[P], raw: Any, path: Path) -> P:
     try:
-        return ClusterConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         problems = "; ".join(f"{_field(e['loc'])}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{path}: {problems}") from error

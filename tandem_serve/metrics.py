@@ -1,5 +1,7 @@
 """Raw counters of the two engines, under vLLM's names where vLLM has one and `tandem:` where it does not.
 
+vLLM's names are a primary's, and nobody else's: a sum over all replicas counts every token once.
+
 Ratios are PromQL's business. Draft acceptance rate:
 `rate(vllm:spec_decode_num_accepted_tokens_total[5m]) / rate(vllm:spec_decode_num_draft_tokens_total[5m])`.
 Mean acceptance length:
@@ -45,6 +47,21 @@ class PrimaryMetrics:
         self.time_to_first_token = Histogram(
             "vllm:time_to_first_token_seconds", "From submission to the first token.", buckets=_SECONDS, registry=r
         )
+        self.queue_time = Histogram(
+            "vllm:request_queue_time_seconds", "From submission to admission.", buckets=_SECONDS, registry=r
+        )
+        self.inter_token_latency = Histogram(
+            "vllm:inter_token_latency_seconds", "Between steps that emit.", buckets=_SECONDS, registry=r
+        )
+        self.time_per_output_token = Histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "From a request's first token to its last, a token after the first.",
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.e2e_latency = Histogram(
+            "vllm:e2e_request_latency_seconds", "From submission to the last token.", buckets=_SECONDS, registry=r
+        )
         self.num_drafts = Counter("vllm:spec_decode_num_drafts", "Rounds verified with drafts.", registry=r)
         self.num_draft_tokens = Counter("vllm:spec_decode_num_draft_tokens", "Drafts verified.", registry=r)
         self.num_accepted_tokens = Counter("vllm:spec_decode_num_accepted_tokens", "Drafts accepted.", registry=r)
@@ -71,9 +88,24 @@ class PrimaryMetrics:
         self.draft_time = Histogram(
             "tandem:draft_seconds", "A drafter's own time for a block's batch.", buckets=_SECONDS, registry=r
         )
+        self.round_trip = Histogram(
+            "tandem:draft_round_trip_seconds",
+            "What of the wait for a block is not the drafter's own time: wire, encoding, queues.",
+            buckets=_SECONDS,
+            registry=r,
+        )
         self.step_time = Histogram(
             "tandem:step_seconds", "One engine step: forward pass and choice of tokens.", buckets=_SECONDS, registry=r
         )
+        self.verify_time = Histogram(
+            "tandem:verify_step_seconds",
+            "Those steps that verify drafts.",
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.busy = Counter("tandem:engine_busy_seconds", "Time that the engine's thread has worked.", registry=r)
+        self.drafters_known = Gauge("tandem:drafters_known", "Drafters that this primary has links to.", registry=r)
+        self.drafters_ready = Gauge("tandem:drafters_ready", "Those whose links are ready.", registry=r)
         self.representation_bytes = Counter(
             "tandem:representation_bytes", "Hidden states given to links, before the wire's dtype.", registry=r
         )
@@ -111,6 +143,9 @@ class DrafterMetrics:
         self.draft_time = Histogram(
             "tandem:drafter_step_seconds", "One step: taking in positions and drafting.", buckets=_SECONDS, registry=r
         )
-        self.rejections = Counter(
-            "tandem:drafter_rejections", "Sequences rejected or evicted.", ["retryable"], registry=r
+        self.busy = Counter("tandem:drafter_busy_seconds", "Time that the engine's thread has worked.", registry=r)
+        self.starved = Counter(
+            "tandem:drafter_starved_seconds", "Time that it stood still while it held sequences.", registry=r
         )
+        rejections = Counter("tandem:drafter_rejections", "Sequences rejected or evicted.", ["retryable"], registry=r)
+        self.rejections = {is_retryable: rejections.labels(str(is_retryable).lower()) for is_retryable in (False, True)}

@@ -41,6 +41,7 @@ class GenerationRequest:
     num_logprobs: int | None = None  # None: none; 0: of the chosen token alone; n: and of the n likeliest
     block_length: int | None = None  # drafts a round; None: the engine's default; 0: plain decoding
     drafter_address: str | None = None  # the router's pairing; None: any drafter that the engine knows
+    traceparent: str | None = None  # W3C trace context of the caller's span; None: not traced
 
 
 class FinishReason(StrEnum):
@@ -98,6 +99,7 @@ class TextRequest:
     ignore_eos: bool = False  # go on past the model's own end-of-text ids
     logprobs: int | None = None  # as GenerationRequest.num_logprobs
     block_length: int | None = None  # as GenerationRequest.block_length
+    traceparent: str | None = None  # as GenerationRequest.traceparent
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,7 @@ class ExtendSequence:
     representations: Tensor | None  # [n, num_taps, hidden_size of the primary], CPU; None for a drafter without taps
     next_token_id: int | None
     block_length: int  # drafts wanted; 0: none
+    traceparent: str | None = None  # of the primary's span of this round; None: not traced
 
 
 @dataclass(frozen=True, slots=True)

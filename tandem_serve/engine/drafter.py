@@ -20,6 +20,7 @@ from tandem_serve.errors import InvalidRequest, ModelMismatch, Overloaded, Tande
 from tandem_serve.metrics import DrafterMetrics
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemDrafter
+from tandem_serve.tracing import Span, SpanSink, TraceContext, discard
 from tandem_serve.types import (
     CloseSequence,
     CreditGranted,
@@ -36,6 +37,7 @@ from tandem_serve.types import (
 )
 
 _log = logging.getLogger(__name__)
+_requests = logging.getLogger("tandem_serve.requests")
 
 MAX_FAILED_STEPS = 5  # in a row; with more a drafter is no longer healthy
 
@@ -69,9 +71,11 @@ class DrafterEngine:
         config: DrafterEngineConfig,
         *,
         metrics: DrafterMetrics | None = None,
+        spans: SpanSink = discard,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics or DrafterMetrics()
+        self._spans = spans
         self._info = info
         self._model = DraftModel(model)
         self._clock = clock
@@ -145,8 +149,11 @@ class DrafterEngine:
             except Exception:
                 _log.exception("a drafter step failed")
                 self._num_failed_steps += 1
-            left = self._cache.next_expiry_s() - self._clock()
+            began = self._clock()
+            left = self._cache.next_expiry_s() - began
             self._wake.wait(None if math.isinf(left) else max(left, 0.0))
+            if not math.isinf(left):
+                self.metrics.starved.inc(self._clock() - began)
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -166,7 +173,9 @@ class DrafterEngine:
         self.metrics.sequences.set(len(self._cache))
         self.metrics.kv_cache_usage.set(self._cache.budget.usage)
         if had_work:
-            self.metrics.draft_time.observe(self._clock() - started)
+            elapsed = max(self._clock() - started, 0.0)
+            self.metrics.draft_time.observe(elapsed)
+            self.metrics.busy.inc(elapsed)
         if has_drafted:
             self._num_failed_steps = 0
         return had_work or has_events
@@ -248,6 +257,8 @@ class DrafterEngine:
             self._rounds[sequence] = command
 
     def _forget(self, sequence: DraftSequence) -> None:
+        attributes = {"request_id": sequence.sequence_id, "num_positions": sequence.num_received}
+        _requests.info("sequence closed", extra=attributes)
         self._cache.drop(sequence.peer_id, sequence.sequence_id)
         self._arrived.pop(sequence, None)
         self._rounds.pop(sequence, None)
@@ -268,6 +279,10 @@ class DrafterEngine:
             block = DraftBlock(sequence.sequence_id, sequence.incarnation, command.round, drafts, elapsed)
             self._peers[sequence.peer_id].events.append(block)
             self.metrics.draft_tokens.inc(len(drafts))
+            if (round_ := TraceContext.parse(command.traceparent)) is not None:
+                attributes = {"num_draft_tokens": len(drafts), "num_sequences": len(blocks)}
+                end_s = started_at_s + elapsed
+                self._spans(Span("draft", round_.child(), round_, started_at_s, end_s, attributes))
         self.metrics.blocks.inc(len(blocks))
 
     # -------------------------------------------------------------- answers
@@ -297,7 +312,7 @@ class DrafterEngine:
         retryable = isinstance(error, Overloaded | Unavailable)
         if (peer := self._peers.get(peer_id)) is not None:
             peer.events.append(SequenceRejected(sequence_id, incarnation, str(error), retryable))
-        self.metrics.rejections.labels(str(retryable).lower()).inc()
+        self.metrics.rejections[retryable].inc()
 
     def _give_up(self, sequence: DraftSequence, error: TandemError) -> None:
         self._reject(sequence.peer_id, sequence.sequence_id, sequence.incarnation, error)

@@ -196,6 +196,8 @@ class DraftCoordinator:
                 spec.cooldown_rounds -= 1
                 cause = WithoutDraft.COOLING_DOWN if attachment is not None else cause
         self._metrics.without_draft[cause].inc()
+        if sequence.trace is not None:
+            sequence.trace.why_alone = cause.value
         return ()
 
     def earliest_deadline_s(self, sequences: Iterable[Sequence]) -> float | None:
@@ -213,7 +215,9 @@ class DraftCoordinator:
             if event.round == attachment.round and attachment.num_asked and attachment.drafts is None:
                 attachment.drafts = self._valid_drafts(event, attachment.num_asked)
                 spec.num_rejections = 0
-                self._metrics.draft_wait.observe(now_s - attachment.asked_at_s)
+                waited_s = now_s - attachment.asked_at_s
+                self._metrics.draft_wait.observe(waited_s)
+                self._metrics.round_trip.observe(max(waited_s - event.draft_time_s, 0.0))
                 self._metrics.draft_time.observe(event.draft_time_s)
         elif isinstance(event, SequenceRejected) and event.incarnation == attachment.incarnation:
             _log.info("drafter %s rejected %s: %s", drafter.link.address, event.sequence_id, event.message)
@@ -316,6 +320,7 @@ class DraftCoordinator:
                 representations=representations,
                 next_token_id=sequence.token_ids[-1] if asks else None,
                 block_length=block_length if asks else 0,
+                traceparent=str(sequence.trace.begin_round(now_s)) if asks and sequence.trace is not None else None,
             )
         )
         self.memory.mark_sent(spec.log, end)

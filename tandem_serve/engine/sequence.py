@@ -10,6 +10,7 @@ from tandem_serve.engine.kv_cache import KvBuffer
 from tandem_serve.engine.representation_log import RepresentationLog
 from tandem_serve.errors import TandemError
 from tandem_serve.metrics import WithoutDraft
+from tandem_serve.tracing import TraceContext
 from tandem_serve.types import DrafterInfo, FinishReason, GenerationRequest, GenerationStep
 
 # Receives a request's steps and, where it fails, one error as the last thing. On the engine's thread: must not block.
@@ -44,6 +45,29 @@ class Speculation:
     num_rejections: int = 0  # since the last block
 
 
+@dataclass(slots=True)
+class SequenceTrace:
+    """A traced request's spans: its own, and that of the round under way, which the drafter's are children of."""
+
+    parent: TraceContext
+    context: TraceContext
+    round: TraceContext | None = None
+    round_began_s: float = 0.0
+    why_alone: str = ""  # of the latest round, where it had no drafts
+
+    @classmethod
+    def of(cls, traceparent: str | None) -> SequenceTrace | None:
+        parent = TraceContext.parse(traceparent) if traceparent else None
+        return None if parent is None else cls(parent, parent.child())
+
+    def begin_round(self, now_s: float) -> TraceContext:
+        """A drafter is asked; perhaps the second one, after the first was lost: the round is the same."""
+        if self.round is None:
+            self.round = self.context.child()
+            self.round_began_s = now_s
+        return self.round
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request from submission to its last token.
@@ -59,14 +83,17 @@ class Sequence:
     num_computed: int = 0
     kv: KvBuffer | None = None  # from admission to the end
     reserved_tokens: int = 0
+    first_token_at_s: float = 0.0
+    last_token_at_s: float | None = None
     speculation: Speculation | None = None  # None: decodes plainly, and always will
     why_alone: WithoutDraft = WithoutDraft.NOT_REQUESTED  # why its next round has no drafts, unless it has
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+    trace: SequenceTrace | None = None
 
     @classmethod
     def of(cls, request: GenerationRequest, sink: Sink, now_s: float) -> Sequence:
-        stops = frozenset(request.stop_token_ids)
-        return cls(request, sink, now_s, list(request.prompt_token_ids), stop_token_ids=stops)
+        stops, trace = frozenset(request.stop_token_ids), SequenceTrace.of(request.traceparent)
+        return cls(request, sink, now_s, list(request.prompt_token_ids), stop_token_ids=stops, trace=trace)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -21,11 +21,13 @@ from tandem_serve.engine.forward import Rows, forward
 from tandem_serve.engine.kv_cache import KvBudget, KvBuffer
 from tandem_serve.engine.scheduler import Run, Scheduler
 from tandem_serve.engine.sequence import Sequence, Sink
+from tandem_serve.engine.telemetry import RequestTelemetry
 from tandem_serve.engine.validation import MAX_BLOCK_LENGTH, check_request
 from tandem_serve.errors import InvalidRequest, Overloaded, Unavailable
 from tandem_serve.interfaces import LinkFactory
 from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.models.decoder import Decoder
+from tandem_serve.tracing import SpanSink, discard
 from tandem_serve.types import (
     FinishReason,
     GenerationRequest,
@@ -57,6 +59,7 @@ class TorchPrimary:
         link_factory: LinkFactory | None = None,
         policy: BlockPolicy | None = None,
         metrics: PrimaryMetrics | None = None,
+        spans: SpanSink = discard,
         tie_margin: float | None = None,  # None: TIE_MARGIN in float32; 0 elsewhere, where nothing is exact anyway
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -70,11 +73,14 @@ class TorchPrimary:
         self._scheduler = Scheduler(config, self._budget)
         default = TIE_MARGIN if decoder.dtype is torch.float32 else 0.0
         tie_margin = default if tie_margin is None else tie_margin
+        self._telemetry = RequestTelemetry(self.metrics, spans, clock)
         self._chooser = TokenChooser(decoder, tie_margin, self.metrics.near_ties)
         self._wake = threading.Event()
         self._links = DrafterLinks(link_factory, info, self.wake)
         policy = policy or FixedBlockLength(config.block_length, MAX_BLOCK_LENGTH)
         self._drafting = DraftCoordinator(config, info, self._links, policy, self.metrics)
+        self.metrics.drafters_known.set_function(lambda: len(self._links.states()))
+        self.metrics.drafters_ready.set_function(lambda: sum(state == "ready" for _, state in self._links.states()))
         self._sequences: dict[str, Sequence] = {}  # waiting and running
         self._lock = threading.Lock()  # guards the next four
         self._idle = threading.Condition(self._lock)  # some request has finished
@@ -179,11 +185,15 @@ class TorchPrimary:
         runs = self._scheduler.select(lambda s: self._drafting.is_ready(s, now), self._drafting.take_drafts)
         has_run = bool(runs) and self._run_or_fail(runs)
         if runs:
-            self.metrics.step_time.observe(self._clock() - now)
+            elapsed = self._clock() - now
+            self.metrics.step_time.observe(elapsed)
+            if any(run.draft_token_ids for run in runs):
+                self.metrics.verify_time.observe(elapsed)
         has_sent = True  # should this fail, sequences that waited for drafts are ready
         with self._costing_drafts_only():
             has_sent = self._drafting.send(self._scheduler.running, self._clock())
         self._set_gauges()
+        self.metrics.busy.inc(max(self._clock() - now, 0.0))
         if has_run:
             self.num_failed_steps = 0
         return bool(runs) or has_sent
@@ -217,6 +227,7 @@ class TorchPrimary:
 
     def _begin(self, sequence: Sequence) -> None:
         decoder = self._decoder
+        self._telemetry.admitted(sequence)
         try:
             sequence.kv = KvBuffer(decoder.config, sequence.reserved_tokens, decoder.dtype, decoder.device)
         except RuntimeError:  # the budget was set higher than the memory there is
@@ -248,7 +259,7 @@ class TorchPrimary:
         with self._lock:
             self._request_ids.discard(sequence.request.request_id)
             self._idle.notify_all()
-        self.metrics.finished.labels(reason.value).inc()
+        self._telemetry.ended(sequence, reason)
 
     def _emit(self, sequence: Sequence, step: GenerationStep) -> None:
         """A sink that raises has lost its reader: the request ends."""
@@ -312,18 +323,13 @@ class TorchPrimary:
     def _advance(self, run: Run, outcome: Verified, logits: Tensor) -> None:
         """Emits a sequence's new tokens, and ends it where they do. logits [G + 1, V] are those that chose them."""
         sequence, request = run.sequence, run.sequence.request
-        is_first = len(sequence.token_ids) == sequence.num_prompt_tokens
         token_ids, finish_reason = sequence.extend(outcome.token_ids)
         num_accepted = min(outcome.num_accepted_tokens, len(token_ids))
         if request.num_logprobs is None:
             logprobs: tuple[TokenLogprob, ...] = ()
         else:
             logprobs = token_logprobs(logits[: len(token_ids)], token_ids, request.num_logprobs)
-        if is_first:
-            self.metrics.time_to_first_token.observe(self._clock() - sequence.arrived_at_s)
-        if run.draft_token_ids:
-            self.metrics.count_block(len(run.draft_token_ids), num_accepted)
-        self.metrics.generation_tokens.inc(len(token_ids))
+        self._telemetry.emitted(sequence, len(token_ids), len(run.draft_token_ids), num_accepted)
         if finish_reason is not None:
             self._end(sequence, finish_reason)
         self._emit(

@@ -57,6 +57,8 @@ def _fill_extend(command: ExtendSequence, out: drafting_pb2.ExtendSequence, dtyp
     out.token_ids.extend(command.token_ids)
     if command.next_token_id is not None:
         out.next_token_id = command.next_token_id
+    if command.traceparent is not None:
+        out.traceparent = command.traceparent
     if command.representations is not None and command.token_ids:
         encode_tensor(command.representations, dtype, out.representations)
 
@@ -139,6 +141,7 @@ def _parse_extend(body: drafting_pb2.ExtendSequence, terms: DrafterTerms, field:
         else None,
         next_token_id=next_token_id,
         block_length=fields.integer(body.block_length, f"{field}.block_length", high=MAX_BLOCK_LENGTH),
+        traceparent=fields.traceparent(body.traceparent),
     )
 
 

@@ -5,9 +5,11 @@ Limits here are what no router goes beyond; the router's own (config.RouterLimit
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from tandem_serve.errors import InvalidRequest
 from tandem_serve.rpc import fields
@@ -31,6 +33,7 @@ MAX_STOP_BYTES = 1024  # of one stop string
 MAX_LOGPROBS = 100
 DEFAULTS = TextRequest(request_id="", model="", prompt="")
 DEFAULT_MAX_TOKENS = 16
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@=+/-]{1,64}")
 
 T = TypeVar("T")
 
@@ -69,6 +72,15 @@ def parse_generate_request(message: inference_pb2.GenerateRequest) -> TextReques
         logprobs=logprobs,
         block_length=block_length,
     )
+
+
+def with_metadata(request: TextRequest, metadata: Iterable[Any]) -> TextRequest:
+    """The request with the id and the trace that its call's metadata tell. An id that no log should hold is ignored."""
+    given = {str(key): value for key, value in metadata if isinstance(value, str)}
+    request_id = request.request_id
+    if _REQUEST_ID.fullmatch(name := given.get("x-request-id", "")):
+        request_id = f"gen-{name}-{secrets.token_hex(4)}"  # clients may use an id twice, engines may not
+    return replace(request, request_id=request_id, traceparent=given.get("traceparent"))
 
 
 def _parse_prompt(message: inference_pb2.GenerateRequest) -> str | tuple[int, ...]:

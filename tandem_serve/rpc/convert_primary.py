@@ -130,6 +130,7 @@ def generate_tokens_request(request: GenerationRequest) -> control_pb2.GenerateT
         num_logprobs=request.num_logprobs,
         block_length=request.block_length,
         drafter_address=request.drafter_address or "",
+        traceparent=request.traceparent or "",
     )
     fill_sampling(request.sampling, message.sampling)
     return message
@@ -156,6 +157,7 @@ def parse_generate_tokens_request(message: control_pb2.GenerateTokensRequest, vo
         num_logprobs=optional["num_logprobs"],
         block_length=optional["block_length"],
         drafter_address=address or None,
+        traceparent=fields.traceparent(message.traceparent),
     )
 
 

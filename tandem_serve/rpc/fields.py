@@ -12,6 +12,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from tandem_serve.errors import InvalidRequest
+from tandem_serve.tracing import TraceContext
 
 MAX_ID_BYTES = 128  # request and sequence ids
 MAX_NAME_BYTES = 512  # models, addresses, fingerprints
@@ -52,6 +53,11 @@ def real(
         span = f"{'(' if without_low else '['}{low:g}, {high:g}{')' if without_high else ']'}"
         raise InvalidRequest(f"{field} must be in {span}, not {value:g}", field=field)
     return value
+
+
+def traceparent(value: str) -> str | None:
+    """A trace context, which is nobody's fault where it is none: what is malformed means not traced, as for the W3C."""
+    return value if TraceContext.parse(value) is not None else None
 
 
 def token_ids(values: Iterable[int], field: str, *, vocab_size: int, required: bool = False) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -13,7 +13,12 @@ from tandem_serve.errors import Unavailable
 from tandem_serve.interfaces import TextService
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import inference_pb2
-from tandem_serve.rpc.convert_inference import generate_response, list_models_response, parse_generate_request
+from tandem_serve.rpc.convert_inference import (
+    generate_response,
+    list_models_response,
+    parse_generate_request,
+    with_metadata,
+)
 from tandem_serve.rpc.listening import AioServer
 from tandem_serve.rpc.statuses import abort_with
 
@@ -24,10 +29,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 async def generate(
-    service: TextService, message: inference_pb2.GenerateRequest
+    service: TextService, message: inference_pb2.GenerateRequest, metadata: Iterable[Any] = ()
 ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-    """The Generate method. Raises what the service raises (statuses.set_status puts it on a call)."""
-    async with aclosing(service.complete(parse_generate_request(message))) as deltas:
+    """The Generate method. Raises what the service raises (statuses.set_status puts it on a call).
+
+    Of the call's metadata, `traceparent` is the client's trace and `x-request-id` its name for the request.
+    """
+    request = with_metadata(parse_generate_request(message), metadata)
+    async with aclosing(service.complete(request)) as deltas:
         async for delta in deltas:
             yield generate_response(delta)
 
@@ -71,7 +80,8 @@ class InferenceServer(AioServer):
     async def _generate(self, data: bytes, context: Context) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:
             message = fields.parse(inference_pb2.GenerateRequest, data)
-            async with aclosing(generate(self._service, message)) as responses:
+            metadata = context.invocation_metadata() or ()
+            async with aclosing(generate(self._service, message, metadata)) as responses:
                 async for response in responses:
                     yield response
         except Exception as error:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
 
-from tandem_serve.config import ClusterConfig, DrafterPool, PrimaryPool, RouterPool
+from tandem_serve.config import ClusterConfig, DrafterPool, ObservabilityConfig, PrimaryPool, RouterPool
 from tandem_serve.serving.discovery import REQUEST_ROUTER_PATH
 from tandem_serve.serving.pool_replicas import DRAIN_TIMEOUT_S, DrafterDeployment, PrimaryDeployment
 from tandem_serve.serving.registry import DRAFTER, PRIMARY, ROUTER
@@ -27,16 +27,20 @@ GRPC_SERVICER_FUNCTIONS = [
 LOGGING = {"enable_access_log": False}  # a line a request costs more than the request's share of a step
 
 
-class PrimaryArgs(BaseModel):
+class _Args(BaseModel):
+    observability: ObservabilityConfig = ObservabilityConfig()
+
+
+class PrimaryArgs(_Args):
     pool: PrimaryPool
     drafter_application: str | None
 
 
-class DrafterArgs(BaseModel):
+class DrafterArgs(_Args):
     pool: DrafterPool
 
 
-class RouterArgs(BaseModel):
+class RouterArgs(_Args):
     pool: RouterPool
     model: str  # whose tokenizer the router uses
     primary_application: str
@@ -55,14 +59,14 @@ def primary_app(args: PrimaryArgs) -> Application:
         max_ongoing_requests=engine.max_num_seqs + engine.max_num_waiting + 64,
         request_router_config={"request_router_class": REQUEST_ROUTER_PATH},
     )
-    return deployment(PrimaryDeployment).bind(args.pool, args.drafter_application)
+    return deployment(PrimaryDeployment).bind(args.pool, args.drafter_application, args.observability)
 
 
 def drafter_app(args: DrafterArgs) -> Application:
     deployment = serve.deployment(
         **_options(DRAFTER, args.pool), request_router_config={"request_router_class": REQUEST_ROUTER_PATH}
     )
-    return deployment(DrafterDeployment).bind(args.pool)
+    return deployment(DrafterDeployment).bind(args.pool, args.observability)
 
 
 def router_app(args: RouterArgs) -> Application:
@@ -74,7 +78,9 @@ def router_app(args: RouterArgs) -> Application:
         backpressure_config={"status_code": 429, "retry_after_s": 1},
     )
     ingress = serve.ingress()(RouterDeployment)
-    return deployment(ingress).bind(args.pool, args.model, args.primary_application, args.drafter_application)
+    return deployment(ingress).bind(
+        args.pool, args.model, args.primary_application, args.drafter_application, args.observability
+    )
 
 
 def primary_user_config(pool: PrimaryPool) -> dict[str, Any]:
@@ -113,11 +119,18 @@ def applications(config: ClusterConfig) -> list[ClusterApplication]:
     """A cluster's applications in the order to start them; the router, alone reachable from outside, comes last."""
     primary, router = f"{config.name}-primary", config.name
     drafter = f"{config.name}-drafter" if config.drafter.num_replicas else None
-    found = [ClusterApplication(primary, primary_app, PrimaryArgs(pool=config.primary, drafter_application=drafter))]
+    observability = config.observability
+    primary_args = PrimaryArgs(pool=config.primary, drafter_application=drafter, observability=observability)
+    found = [ClusterApplication(primary, primary_app, primary_args)]
     if drafter is not None:
-        found.append(ClusterApplication(drafter, drafter_app, DrafterArgs(pool=config.drafter)))
+        drafter_args = DrafterArgs(pool=config.drafter, observability=observability)
+        found.append(ClusterApplication(drafter, drafter_app, drafter_args))
     router_args = RouterArgs(
-        pool=config.router, model=config.primary.model, primary_application=primary, drafter_application=drafter
+        pool=config.router,
+        model=config.primary.model,
+        primary_application=primary,
+        drafter_application=drafter,
+        observability=observability,
     )
     return [*found, ClusterApplication(router, router_app, router_args, route_prefix="/")]
 

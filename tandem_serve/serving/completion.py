@@ -125,6 +125,7 @@ class TextCompletion:
                 stop_token_ids=(*(() if request.ignore_eos else self._eos_token_ids), *request.stop_token_ids),
                 num_logprobs=request.logprobs,
                 block_length=request.block_length,
+                traceparent=request.traceparent,
             )
             for index in range(request.n)
         ]

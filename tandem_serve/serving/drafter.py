@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from tandem_serve.config import DrafterEngineConfig
 from tandem_serve.metrics import DrafterMetrics
 from tandem_serve.rpc.drafting_server import DraftingServer
 from tandem_serve.serving.engines import build_drafter
+from tandem_serve.tracing import SpanSink, discard
 from tandem_serve.types import DrafterInfo
 
 
@@ -16,12 +17,19 @@ class DrafterReplica:
     """Runs from construction to `close`. Primaries connect to `address`."""
 
     def __init__(
-        self, model: str, config: DrafterEngineConfig, *, num_threads: int = 1, host: str = "127.0.0.1", port: int = 0
+        self,
+        model: str,
+        config: DrafterEngineConfig,
+        *,
+        num_threads: int = 1,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        spans: SpanSink = discard,
     ) -> None:
         """Loads the model, starts the engine and serves it. Raises CheckpointError, OSError (the port is taken)."""
         torch.set_num_threads(num_threads)
         self.registry = CollectorRegistry()
-        self._engine = build_drafter(model, config, metrics=DrafterMetrics(self.registry))
+        self._engine = build_drafter(model, config, metrics=DrafterMetrics(self.registry), spans=spans)
         self._server = DraftingServer(self._engine, config, host=host, port=port)
         self._engine.start()
         self._server.start()
@@ -32,10 +40,6 @@ class DrafterReplica:
 
     async def info(self, replica_id: str | None = None) -> DrafterInfo:
         return self._engine.info
-
-    async def metrics(self, replica_id: str | None = None) -> str:
-        """The engine's figures in Prometheus's text format."""
-        return generate_latest(self.registry).decode()
 
     def close(self) -> None:
         """Ends every stream: the primaries go on alone, or with another drafter."""

@@ -11,6 +11,7 @@ from tandem_serve.engine.torch_primary import TorchPrimary
 from tandem_serve.interfaces import LinkFactory
 from tandem_serve.metrics import DrafterMetrics, PrimaryMetrics
 from tandem_serve.models.checkpoint import DTYPES, drafter_info, load_decoder, load_drafter, primary_info
+from tandem_serve.tracing import SpanSink, discard
 
 
 def build_primary(
@@ -20,6 +21,7 @@ def build_primary(
     link_factory: LinkFactory | None = None,
     policy: BlockPolicy | None = None,
     metrics: PrimaryMetrics | None = None,
+    spans: SpanSink = discard,
 ) -> AsyncPrimary:
     """A primary, not yet started. No sequence may be longer than the whole KV budget, so that any can be served.
 
@@ -46,12 +48,18 @@ def build_primary(
     longest = min(config.max_model_len or config.kv_cache_tokens, config.kv_cache_tokens)
     info = primary_info(model, max_model_len=longest)
     decoder = load_decoder(model, dtype=DTYPES[config.dtype], device=config.device).pack()
-    engine = TorchPrimary(decoder, info, config, link_factory=link_factory, policy=policy, metrics=metrics)
+    engine = TorchPrimary(decoder, info, config, link_factory=link_factory, policy=policy, metrics=metrics, spans=spans)
     return AsyncPrimary(engine)
 
 
-def build_drafter(model: str, config: DrafterEngineConfig, *, metrics: DrafterMetrics | None = None) -> DrafterEngine:
+def build_drafter(
+    model: str,
+    config: DrafterEngineConfig,
+    *,
+    metrics: DrafterMetrics | None = None,
+    spans: SpanSink = discard,
+) -> DrafterEngine:
     """A drafter, tandem or plain, not yet started. Raises CheckpointError."""
     info = drafter_info(model, max_block_length=config.max_block_length)
     drafter = load_drafter(model, dtype=DTYPES[config.dtype], device=config.device).pack()
-    return DrafterEngine(drafter, info, config, metrics=metrics)
+    return DrafterEngine(drafter, info, config, metrics=metrics, spans=spans)

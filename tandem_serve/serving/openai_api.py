@@ -7,23 +7,25 @@ fail is in openai_protocol.py and openai_errors.py.
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import generate_latest
 
 from tandem_serve.config import RouterLimits
 from tandem_serve.errors import Unavailable
 from tandem_serve.interfaces import TextService
 from tandem_serve.serving.chat import ChatTemplate
-from tandem_serve.serving.metrics import ServingMetrics
+from tandem_serve.serving.exposition import Target, http_sd
+from tandem_serve.serving.metrics import RouterMetrics
 from tandem_serve.serving.openai_errors import ApiError, api_error, install_error_handlers
 from tandem_serve.serving.openai_protocol import ChatBody, CompletionBody, GenerationBody, parse_body, prompts_of
 from tandem_serve.serving.openai_responses import ChatResponses, CompletionResponses, Responses, Tally
+from tandem_serve.serving.request_ids import HEADER, request_id_of, sequence_prefix
 from tandem_serve.serving.router import ClusterOverview
 from tandem_serve.serving.sse import EventStream, read_body, unless_gone
 from tandem_serve.serving.streams import merge
@@ -44,9 +46,9 @@ class FrontEnd:
     chat_template: ChatTemplate | None
     model_name: str
     limits: RouterLimits
-    metrics: ServingMetrics
+    metrics: RouterMetrics
     overview: Callable[[], Awaitable[ClusterOverview]]
-    replica_metrics: Callable[[], Awaitable[Mapping[str, str]]]  # what replicas export themselves, by name
+    metrics_targets: Callable[[], Sequence[Target]]  # where the replicas that it knows serve their metrics
 
 
 def create_app(front: FrontEnd) -> FastAPI:
@@ -61,6 +63,7 @@ def create_app(front: FrontEnd) -> FastAPI:
     app.get("/health")(endpoints.health)
     app.get("/status")(endpoints.status)
     app.get("/metrics")(endpoints.metrics)
+    app.get("/metrics/targets")(endpoints.metrics_targets)
     return app
 
 
@@ -75,9 +78,10 @@ class _Endpoints:
             message = "echo with logprobs is not supported: log-probabilities of the prompt are not computed"
             raise ApiError(400, message, param="echo", code="unsupported_parameter")
         prompts = prompts_of(body.prompt, self._front.limits.max_prompts)
-        response_id = f"cmpl-{uuid.uuid4().hex}"
+        response_id = f"cmpl-{request_id_of(request.headers.get(HEADER))}"
+        prefix, traceparent = sequence_prefix(response_id), request.headers.get("traceparent")
         requests = [
-            self._text_request(f"{response_id}-{index}", prompt, body, body.max_tokens or 16, body.logprobs)
+            self._text_request(f"{prefix}-{index}", prompt, body, body.max_tokens or 16, body.logprobs, traceparent)
             for index, prompt in enumerate(prompts)
         ]
         echoes = [self._text_of(prompt) for prompt in prompts for _ in range(body.n or 1)] if body.echo else []
@@ -106,10 +110,11 @@ class _Endpoints:
             message = "max_tokens is the old name of max_completion_tokens; give one of them"
             raise ApiError(400, message, param="max_tokens", code="invalid_value")
         prompt = template.token_ids([message.model_dump(exclude_none=True) for message in body.messages])
-        response_id = f"chatcmpl-{uuid.uuid4().hex}"
+        response_id = f"chatcmpl-{request_id_of(request.headers.get(HEADER))}"
+        prefix, traceparent = sequence_prefix(response_id), request.headers.get("traceparent")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_completion_tokens or body.max_tokens
-        requests = [self._text_request(f"{response_id}-0", prompt, body, max_tokens, logprobs)]
+        requests = [self._text_request(f"{prefix}-0", prompt, body, max_tokens, logprobs, traceparent)]
         responses = ChatResponses(
             response_id, self._front.model_name, self._front.tokenizer, return_token_ids=body.return_token_ids
         )
@@ -135,8 +140,12 @@ class _Endpoints:
         return JSONResponse({"model": self._front.model_name, **asdict(await self._front.overview())})
 
     async def metrics(self) -> Response:
-        text = self._front.metrics.render(await self._front.overview(), await self._front.replica_metrics())
+        """Of the router that answers; each replica's own are at the addresses in /metrics/targets."""
+        text = generate_latest(self._front.metrics.registry)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def metrics_targets(self) -> Response:
+        return JSONResponse(http_sd(self._front.metrics_targets()))
 
     async def _read(self, request: Request) -> bytes:
         limit = self._front.limits.max_body_bytes
@@ -171,6 +180,7 @@ class _Endpoints:
         body: GenerationBody,
         max_tokens: int | None,
         logprobs: int | None,
+        traceparent: str | None,
     ) -> TextRequest:
         return TextRequest(
             request_id=request_id,
@@ -188,6 +198,7 @@ class _Endpoints:
             ignore_eos=body.ignore_eos,
             logprobs=logprobs,
             block_length=body.block_length,
+            traceparent=traceparent,
         )
 
     async def _respond(

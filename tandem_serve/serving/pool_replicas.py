@@ -9,13 +9,22 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import ray
-
-from tandem_serve.config import DrafterPool, PrimaryPool
+from tandem_serve.config import DrafterPool, ObservabilityConfig, PrimaryPool
 from tandem_serve.errors import Unavailable
 from tandem_serve.serving.drafter import DrafterReplica
+from tandem_serve.serving.exposition import serve_metrics
+from tandem_serve.serving.logs import configure_logs
 from tandem_serve.serving.primary import PrimaryReplica
-from tandem_serve.serving.registry import ADDRESS, DRAFTER, discover, drafter_addresses
+from tandem_serve.serving.registry import (
+    ADDRESS,
+    DRAFTER,
+    discover,
+    drafter_addresses,
+    metrics_metadata,
+    node_address,
+    replica_name,
+)
+from tandem_serve.serving.tracing import start_tracing
 
 DRAIN_TIMEOUT_S = 20.0  # for sequences that run when a replica is told to go
 
@@ -23,12 +32,18 @@ DRAIN_TIMEOUT_S = 20.0  # for sequences that run when a replica is told to go
 class PrimaryDeployment(PrimaryReplica):
     """A primary that links to whichever drafters are up."""
 
-    def __init__(self, pool: PrimaryPool, drafter_application: str | None) -> None:
-        super().__init__(pool.model, pool.engine, num_threads=pool.resources.num_threads)
+    def __init__(self, pool: PrimaryPool, drafter_application: str | None, observability: ObservabilityConfig) -> None:
+        configure_logs(observability.logs, "primary")
+        self._tracing = start_tracing(observability.traces, "primary", replica_name())
+        super().__init__(pool.model, pool.engine, num_threads=pool.resources.num_threads, spans=self._tracing.sink)
+        self._metrics = serve_metrics(self.registry, node_address(), observability.metrics.port)
         if drafter_application is not None:
             self._drafters = discover(
                 DRAFTER, drafter_application, lambda found: self.set_drafters(drafter_addresses(found))
             )
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        return metrics_metadata(self._metrics)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         self.set_block_length(int(user_config["block_length"]))
@@ -40,17 +55,27 @@ class PrimaryDeployment(PrimaryReplica):
 
     async def __del__(self) -> None:
         await self.close(DRAIN_TIMEOUT_S)
+        await asyncio.to_thread(self._tracing.close)
 
 
 class DrafterDeployment(DrafterReplica):
     """A drafter that publishes its address. It listens on the address of its node alone."""
 
-    def __init__(self, pool: DrafterPool) -> None:
-        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        super().__init__(pool.model, pool.engine, num_threads=pool.resources.num_threads, host=host)
+    def __init__(self, pool: DrafterPool, observability: ObservabilityConfig) -> None:
+        configure_logs(observability.logs, "drafter")
+        self._tracing = start_tracing(observability.traces, "drafter", replica_name())
+        host = node_address()
+        super().__init__(
+            pool.model,
+            pool.engine,
+            num_threads=pool.resources.num_threads,
+            host=host,
+            spans=self._tracing.sink,
+        )
+        self._metrics = serve_metrics(self.registry, host, observability.metrics.port)
 
     def record_replica_metadata(self) -> dict[str, str]:
-        return {ADDRESS: self.address}
+        return {ADDRESS: self.address, **metrics_metadata(self._metrics)}
 
     def check_health(self) -> None:
         """As PrimaryDeployment.check_health."""
@@ -59,3 +84,4 @@ class DrafterDeployment(DrafterReplica):
 
     async def __del__(self) -> None:
         await asyncio.to_thread(self.close)
+        await asyncio.to_thread(self._tracing.close)

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 import torch
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from tandem_serve.config import PrimaryEngineConfig, VllmEngineConfig
 from tandem_serve.decoding.block_policy import FixedBlockLength
@@ -15,6 +15,7 @@ from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.rpc.drafting_client import GrpcLinkFactory
 from tandem_serve.serving.engines import build_primary
 from tandem_serve.serving.validation import MAX_BLOCK_LENGTH
+from tandem_serve.tracing import SpanSink, discard
 from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
 
@@ -43,7 +44,14 @@ class PrimaryReplica:
     `replica_id` is for discovery.DiscoveryRouter alone, which has acted on it by the time a call arrives.
     """
 
-    def __init__(self, model: str, config: PrimaryEngineConfig | VllmEngineConfig, *, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        model: str,
+        config: PrimaryEngineConfig | VllmEngineConfig,
+        *,
+        num_threads: int = 1,
+        spans: SpanSink = discard,
+    ) -> None:
         """Loads the model and starts the engine. Raises CheckpointError."""
         torch.set_num_threads(num_threads)
         self._block_length = _block_policy(config)
@@ -54,6 +62,7 @@ class PrimaryReplica:
             link_factory=GrpcLinkFactory(),
             policy=self._block_length,
             metrics=PrimaryMetrics(self.registry),
+            spans=spans,
         )
         self._primary.start()
 
@@ -69,10 +78,6 @@ class PrimaryReplica:
         async with aclosing(self._primary.generate(request)) as steps:
             async for step in steps:
                 yield step
-
-    async def metrics(self, replica_id: str | None = None) -> str:
-        """The engine's figures in Prometheus's text format."""
-        return generate_latest(self.registry).decode()
 
     def set_drafters(self, addresses: Iterable[str]) -> None:
         """The drafters to link to. Any thread."""

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
-from tandem_serve.config import DrafterPool, PrimaryPool, RouterPool
+from tandem_serve.config import DrafterPool, ObservabilityConfig, PrimaryPool, RouterPool
 from tandem_serve.errors import ConfigError
+from tandem_serve.serving.exposition import MetricsServer, Target
+from tandem_serve.serving.logs import configure_logs
+from tandem_serve.serving.tracing import Tracing, start_tracing
 
 DRAIN_TIMEOUT_S = 20.0  # for what runs when a process is told to go
 
 Announce = Callable[[str], None]  # told once, when the process serves
 
 
-async def run_drafter(pool: DrafterPool, *, host: str, port: int, metrics_port: int | None, announce: Announce) -> None:
+async def run_drafter(
+    pool: DrafterPool,
+    *,
+    host: str,
+    port: int,
+    metrics_port: int | None,
+    observability: ObservabilityConfig,
+    announce: Announce,
+) -> None:
     """Serves a drafter until SIGINT or SIGTERM. Raises CheckpointError, ConfigError."""
     from tandem_serve.serving.drafter import DrafterReplica
 
     stopped = _stop_event()
+    tracing = _observed(observability, "drafter")
+    threads = pool.resources.num_threads
     with _clear_port_errors():
-        drafter = DrafterReplica(pool.model, pool.engine, num_threads=pool.resources.num_threads, host=host, port=port)
+        drafter = DrafterReplica(pool.model, pool.engine, num_threads=threads, host=host, port=port, spans=tracing.sink)
         metrics = _export(drafter.registry, host, metrics_port)
-    announce(f"drafter listening on {drafter.address}{metrics}")
+    announce(f"drafter listening on {drafter.address}{_where(metrics)}")
     await stopped.wait()
     await asyncio.to_thread(drafter.close)
+    await asyncio.to_thread(tracing.close)
 
 
 async def run_primary(
@@ -37,6 +53,7 @@ async def run_primary(
     host: str,
     port: int,
     metrics_port: int | None,
+    observability: ObservabilityConfig,
     announce: Announce,
 ) -> None:
     """Serves a primary until SIGINT or SIGTERM. Raises CheckpointError, ConfigError."""
@@ -44,16 +61,19 @@ async def run_primary(
     from tandem_serve.serving.primary import PrimaryReplica
 
     stopped = _stop_event()
-    primary = PrimaryReplica(pool.model, pool.engine, num_threads=pool.resources.num_threads)
+    tracing = _observed(observability, "primary")
+    threads = pool.resources.num_threads
+    primary = PrimaryReplica(pool.model, pool.engine, num_threads=threads, spans=tracing.sink)
     primary.set_drafters(drafter_addresses)
     with _clear_port_errors():
         server = PrimaryServer(primary, host=host, port=port)
         metrics = _export(primary.registry, host, metrics_port)
     await server.start()
-    announce(f"primary listening on {server.address}{metrics}")
+    announce(f"primary listening on {server.address}{_where(metrics)}")
     await stopped.wait()
     await server.stop(DRAIN_TIMEOUT_S)
     await primary.close(0.0)
+    await asyncio.to_thread(tracing.close)
 
 
 async def run_router(
@@ -62,6 +82,8 @@ async def run_router(
     primary_addresses: Sequence[str],
     drafter_addresses: Sequence[str],
     *,
+    metrics_port: int | None,
+    observability: ObservabilityConfig,
     announce: Announce,
 ) -> None:
     """Serves HTTP and gRPC over primaries until SIGINT or SIGTERM. Raises CheckpointError, ConfigError.
@@ -73,24 +95,30 @@ async def run_router(
     from tandem_serve.serving.front_end import build_front_end
     from tandem_serve.serving.http_server import HttpServer
     from tandem_serve.serving.openai_api import create_app
+    from tandem_serve.serving.request_ids import EchoRequestId
     from tandem_serve.serving.router import PairingRouter
 
     stopped = _stop_event()
-    router = PairingRouter()
-    front_end = build_front_end(pool, model, router)
+    tracing = _observed(observability, "router")
+    router = PairingRouter(spans=tracing.sink)
+    targets: list[Target] = []  # of the other processes' metrics it knows nothing
+    front_end = build_front_end(pool, model, router, tracing, lambda: targets)
     clients = {address: GrpcPrimary(address) for address in primary_addresses}
     router.set_primaries(clients)
     router.set_drafters(drafter_addresses)
     with _clear_port_errors():
-        http = HttpServer(create_app(front_end), host=pool.host, port=pool.http_port)
+        http = HttpServer(EchoRequestId(create_app(front_end)), host=pool.host, port=pool.http_port)
         grpc = InferenceServer(front_end.service, host=pool.host, port=pool.grpc_port)
+        metrics = _export(front_end.metrics.registry, pool.host, metrics_port)
+    targets += [] if metrics is None else [Target(metrics.address, {"pool": "router"})]
     await http.start()
     await grpc.start()
-    announce(f"router listening on http://{pool.host}:{http.port} and grpc://{grpc.address}")
+    announce(f"router listening on http://{pool.host}:{http.port} and grpc://{grpc.address}{_where(metrics)}")
     await stopped.wait()
     await asyncio.gather(http.stop(DRAIN_TIMEOUT_S), grpc.stop(DRAIN_TIMEOUT_S))
     for client in clients.values():
         await client.close()
+    await asyncio.to_thread(tracing.close)
 
 
 def _stop_event() -> asyncio.Event:
@@ -102,12 +130,20 @@ def _stop_event() -> asyncio.Event:
     return stopped
 
 
-def _export(registry: CollectorRegistry, host: str, port: int | None) -> str:
-    """Serves a registry to Prometheus, on a thread of its own; None: not at all. What to announce of it."""
-    if port is None:
-        return ""
-    server, _ = start_http_server(port, host, registry)
-    return f", metrics on http://{host}:{server.server_port}"
+def _observed(config: ObservabilityConfig, pool: str) -> Tracing:
+    """Sets up this process's logs and traces. Raises ConfigError."""
+    configure_logs(config.logs, pool)
+    return start_tracing(config.traces, pool, f"{socket.gethostname()}:{os.getpid()}")
+
+
+def _export(registry: CollectorRegistry, host: str, port: int | None) -> MetricsServer | None:
+    """Serves a registry to Prometheus; None: not at all."""
+    return None if port is None else MetricsServer(registry, host=host, port=port)
+
+
+def _where(metrics: MetricsServer | None) -> str:
+    """What to announce of it."""
+    return "" if metrics is None else f", metrics on http://{metrics.address}"
 
 
 @contextmanager

@@ -10,11 +10,14 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tandem_serve.serving.exposition import MetricsServer, Target
+
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 PRIMARY, DRAFTER, ROUTER = "Primary", "Drafter", "Router"  # deployments; each is the only one of its application
-ADDRESS = "address"  # key of a drafter's metadata
+ADDRESS = "address"  # of a drafter's metadata: where it drafts
+METRICS = "metrics"  # of every replica's metadata: where it serves them, if it does
 
 Replicas = Mapping[str, Mapping[str, Any]]  # replica id -> what it published of itself
 Watcher = Callable[[Replicas], None]
@@ -62,6 +65,36 @@ def discover(deployment: str, application: str, watcher: Watcher) -> DeploymentH
     handle = serve.get_deployment_handle(deployment, application, _check_exists=False)
     handle.info.remote()  # a handle makes its request router, and so learns the replicas, with its first call
     return handle
+
+
+def node_address() -> str:
+    """Of the node that this replica runs on, as other nodes reach it."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
+def replica_name() -> str:
+    """Of the Serve replica that this process is."""
+    from ray import serve
+
+    name: str = serve.get_replica_context().replica_id.unique_id
+    return name
+
+
+def metrics_metadata(metrics: MetricsServer | None) -> dict[str, str]:
+    """What a replica publishes of its metrics."""
+    return {} if metrics is None else {METRICS: metrics.address}
+
+
+def metrics_targets(pool: str, found: Replicas) -> list[Target]:
+    """Where the replicas of a pool serve their metrics."""
+    return [
+        Target(metadata[METRICS], {"pool": pool.lower(), "replica": replica_id})
+        for replica_id, metadata in found.items()
+        if METRICS in metadata
+    ]
 
 
 def drafter_addresses(found: Replicas) -> list[str]:

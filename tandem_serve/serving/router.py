@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from tandem_serve.errors import Overloaded, RequestAborted, TandemError, Unavailable
 from tandem_serve.interfaces import Primary
+from tandem_serve.tracing import SpanSink, TraceContext, discard, spanning
 from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
 _RETRY_INTERVAL_S = 0.2  # between rounds over all primaries, while none can serve
@@ -96,13 +97,21 @@ class PairingRouter:
     with the same seed, and goes on with the very token that was due (noise belongs to positions, not to replicas).
     """
 
-    def __init__(self, *, start_timeout_s: float = 10.0, failover_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, *, start_timeout_s: float = 10.0, failover_timeout_s: float = 60.0, spans: SpanSink = discard
+    ) -> None:
         """How long a sequence waits for a primary that can serve: before its first token, and once it has run."""
         self._start_timeout_s = start_timeout_s
         self._failover_timeout_s = failover_timeout_s
+        self._spans = spans
         self._clients: dict[str, Primary] = {}
         self._primaries = Pool()
         self._drafters = Pool()
+        self.num_failovers = 0  # sequences that another primary has taken over
+
+    def pools(self) -> dict[str, Pool]:
+        """By name, for the metrics."""
+        return {"primary": self._primaries, "drafter": self._drafters}
 
     def set_primaries(self, clients: Mapping[str, Primary]) -> None:
         self._clients = dict(clients)
@@ -165,7 +174,11 @@ class PairingRouter:
             part = replace(_resumed(request, delivered, attempt), drafter_address=drafter)
             num_delivered = len(delivered)
             try:
-                with self._primaries.carrying(name), self._drafters.carrying(drafter):
+                with (
+                    self._primaries.carrying(name),
+                    self._drafters.carrying(drafter),
+                    self._traced(part, name, attempt) as part,
+                ):
                     async with aclosing(self._steps(self._clients[name], part)) as steps:
                         async for step in steps:
                             delivered.extend(step.token_ids)
@@ -177,12 +190,26 @@ class PairingRouter:
                 if not delivered and self._primaries.pick(exclude=failed) is None:
                     raise  # one that has been running waits for room instead: its client has text already
             except (Unavailable, RequestAborted) as error:  # nobody but a primary that closes aborts what we run
-                logger.warning("primary %s failed after %d tokens: %s", name, len(delivered), error)
+                about = {"request_id": request.request_id}
+                logger.warning("primary %s failed after %d tokens: %s", name, len(delivered), error, extra=about)
+                self.num_failovers += 1
                 failed.add(name)
                 reason = str(error)
                 if len(delivered) > num_delivered:  # it had been running: the clock starts anew
                     deadline = asyncio.get_running_loop().time() + self._failover_timeout_s
             attempt += 1
+
+    @contextmanager
+    def _traced(self, request: GenerationRequest, primary: str, attempt: int) -> Iterator[GenerationRequest]:
+        """A span around one primary's share of a sequence, as whose child it gets the request."""
+        parent = TraceContext.parse(request.traceparent)
+        attributes: dict[str, str | int] = {
+            "primary": primary,
+            "drafter": request.drafter_address or "",
+            "attempt": attempt,
+        }
+        with spanning(self._spans, "sequence", parent, attributes) as context:
+            yield request if context is None else replace(request, traceparent=str(context))
 
     async def _steps(self, client: Primary, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """One primary's steps. A sequence that it gives up, or a stream that just ends, is a failed primary."""

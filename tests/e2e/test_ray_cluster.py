@@ -85,9 +85,15 @@ class Up:
             return False
 
     def _drafter_sequences(self) -> int:
-        text = httpx.get(f"{self.cluster.http}/metrics", timeout=10).text
-        found = re.findall(r"^tandem:drafter_num_sequences\{.*\} (.*)$", text, re.MULTILINE)
-        return int(sum(map(float, found)))
+        return int(sum(self.samples("drafter", "tandem:drafter_num_sequences")))
+
+    def samples(self, pool: str, name: str) -> list[float]:
+        """A metric of every replica of a pool, as Prometheus finds and scrapes them."""
+        groups = httpx.get(f"{self.cluster.http}/metrics/targets", timeout=10).json()
+        addresses = [address for group in groups if group["labels"]["pool"] == pool for address in group["targets"]]
+        texts = [httpx.get(f"http://{address}/metrics", timeout=10).text for address in addresses]
+        pattern = re.compile(rf"^{name}(?:{{.*}})? (.*)$", re.MULTILINE)
+        return [float(value) for text in texts for value in pattern.findall(text)]
 
 
 def _command(pid: int) -> str:
@@ -110,6 +116,15 @@ def cluster(up: Up) -> Cluster:
 
 
 class TestRayCluster(ServingContract):
+    def test_every_replica_of_every_pool_is_scraped_by_itself(self, up: Up, cluster: Cluster) -> None:
+        cluster.complete(max_tokens=8)
+        for pool, name in (
+            ("router", "tandem:router_generation_tokens_total"),
+            ("primary", "vllm:generation_tokens_total"),
+            ("drafter", "tandem:drafter_draft_tokens_total"),
+        ):
+            assert [value > 0 for value in up.samples(pool, name)] == [True], pool
+
     def test_killing_the_drafter_in_mid_stream_changes_no_token(self, up: Up, cluster: Cluster) -> None:
         body = {"temperature": 0.9, "seed": 3, "max_tokens": LONG, "ignore_eos": True}
         plain = cluster.text(block_length=0, **body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -21,9 +23,18 @@ from tandem_serve.config import DrafterEngineConfig
 from tandem_serve.models.decoder import DecoderConfig
 from tandem_serve.serving.drafter import DrafterReplica
 from tests.checkpoints import CONFIG
+from tests.otlp_collector import Collector
+from tests.prometheus_server import IS_INSTALLED, Prometheus
 from tests.serving_contract import LONG, PROMPT, Cluster, ServingContract, eventually, make_pair
 
+ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 180.0
+OBSERVABILITY = """
+observability:
+  traces: {{endpoint: "{endpoint}", sample_ratio: 0}}
+  logs: {{format: json, requests: true}}
+"""
+TRACE_ID, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 class Pools:
@@ -31,8 +42,11 @@ class Pools:
 
     def __init__(self, folder: Path, config: DecoderConfig = CONFIG, primary_options: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.collector = Collector()
+        (folder / "observability.yaml").write_text(OBSERVABILITY.format(endpoint=self.collector.endpoint))
         self._primary_model, self._drafter_model = make_pair(folder, config)
-        self._drafter, self._drafter_metrics, primary, http, grpc = _free_addresses(5)
+        self._drafter, primary, http, grpc, *metrics = _free_addresses(7)
+        self.metrics = dict(zip(("drafter", "primary", "router"), metrics, strict=True))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.start_drafter()
         self._start(
@@ -49,8 +63,7 @@ class Pools:
         eventually(self._is_complete, "the three processes are up and linked", START_TIMEOUT_S)
 
     def start_drafter(self) -> None:
-        metrics_port = self._drafter_metrics.split(":")[1]
-        self._start("drafter", "--model", self._drafter_model, *_port(self._drafter), "--metrics-port", metrics_port)
+        self._start("drafter", "--model", self._drafter_model, *_port(self._drafter))
 
     def restart_drafter_here(self) -> DrafterReplica:
         """A drafter at the dead one's address, in this process: up at once, while sequences still run."""
@@ -62,7 +75,7 @@ class Pools:
         self._processes["drafter"].wait(30)
 
     def drafter_sequences(self) -> int:
-        text = httpx.get(f"http://{self._drafter_metrics}/metrics", timeout=10).text
+        text = httpx.get(f"http://{self.metrics['drafter']}/metrics", timeout=10).text
         lines = [line for line in text.splitlines() if line.startswith("tandem:drafter_num_sequences ")]
         return int(float(lines[0].split()[1]))
 
@@ -73,9 +86,16 @@ class Pools:
     def exit_statuses(self) -> dict[str, int]:
         return {name: process.wait(30) for name, process in self._processes.items()}
 
+    def log_lines(self, role: str) -> list[dict[str, Any]]:
+        """A process's log, but for what it announces."""
+        lines = (self.folder / f"{role}.log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
     def _start(self, role: str, *arguments: object) -> None:
         log = (self.folder / f"{role}.log").open("wb")
         command = [sys.executable, "-m", "tandem_serve.cli", role, *map(str, arguments)]
+        command += ["--metrics-port", self.metrics[role].split(":")[1]]
+        command += ["--observability", str(self.folder / "observability.yaml")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._processes[role] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
@@ -106,6 +126,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
     pools = Pools(tmp_path_factory.mktemp("pools"))
     yield pools
     pools.stop()
+    pools.collector.close()
     assert pools.exit_statuses() == {"drafter": 0, "primary": 0, "router": 0}
 
 
@@ -133,6 +154,79 @@ class TestPlainProcesses(ServingContract):
             successors[0].close()
         pools.start_drafter()
         eventually(lambda: "metrics" in cluster.complete(max_tokens=16), "acceptance comes back", START_TIMEOUT_S)
+
+    def test_one_request_is_one_trace_through_all_pools(self, pools: Pools, cluster: Cluster) -> None:
+        body = {"model": cluster.model, "prompt": PROMPT, "max_tokens": 48, "temperature": 0}
+        headers = {"traceparent": f"00-{TRACE_ID}-{CALLER}-01"}
+        response = httpx.post(f"{cluster.http}/v1/completions", json=body, headers=headers, timeout=60)
+        assert response.json()["choices"][0]["text"] == cluster.text(max_tokens=48)
+
+        def has_arrived() -> bool:
+            found = pools.collector.trace(TRACE_ID)
+            drafted = {
+                span.span_id for span in found if span.attributes.get("num_draft_tokens") and span.name == "round"
+            }
+            names = {span.name for span in found}
+            return {"completion", "primary"} <= names and drafted <= {s.parent_id for s in found if s.name == "draft"}
+
+        eventually(has_arrived, "all three pools have exported their spans")
+        spans = pools.collector.trace(TRACE_ID)
+        by_id = {span.span_id: span for span in spans}
+        parents = {(s.service, s.name, getattr(by_id.get(s.parent_id), "name", s.parent_id)) for s in spans}
+        assert parents == {
+            ("tandem-router", "completion", CALLER),
+            ("tandem-router", "sequence", "completion"),
+            ("tandem-primary", "primary", "sequence"),
+            ("tandem-primary", "prefill", "primary"),
+            ("tandem-primary", "round", "primary"),
+            ("tandem-drafter", "draft", "round"),
+        }
+        rounds = [span for span in spans if span.name == "round"]
+        assert sum(span.attributes["num_tokens"] for span in rounds) == 48 - 1  # the first is the prefill's
+        assert sum(span.attributes["num_draft_tokens"] > 0 for span in rounds) > 3
+        ends = [rounds[0].start_ns, *(span.end_ns for span in rounds)]
+        assert ends == sorted(ends)
+        # the next request brings no trace, and by chance none is traced
+        before = pools.collector.num_spans()
+        cluster.complete()
+        assert pools.collector.num_spans() == before
+
+    def test_a_request_has_one_name_in_every_log(self, pools: Pools, cluster: Cluster) -> None:
+        body = {"model": cluster.model, "prompt": PROMPT, "max_tokens": 24}
+        headers = {"X-Request-Id": "order-66"}
+        response = httpx.post(f"{cluster.http}/v1/completions", json=body, headers=headers, timeout=60)
+        assert response.headers["x-request-id"] == "order-66"
+        assert response.json()["id"] == "cmpl-order-66"
+        for role in ("router", "primary", "drafter"):
+
+            def lines(role: str = role) -> list[dict[str, Any]]:
+                return [line for line in pools.log_lines(role) if "order-66" in line.get("request_id", "")]
+
+            eventually(lambda lines=lines: bool(lines()), f"the {role} names the request")
+            assert lines()[0]["pool"] == role
+        refused = httpx.post(f"{cluster.http}/v1/completions", json={}, headers={"X-Request-Id": "a b" * 99})
+        assert refused.status_code == 400
+        assert re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])  # one that no log should hold
+
+    @pytest.mark.skipif(not IS_INSTALLED, reason="prometheus is missing: apt-get install prometheus")
+    def test_every_query_of_the_dashboard_has_data(self, pools: Pools, cluster: Cluster) -> None:
+        dashboard = json.loads((ROOT / "observability" / "dashboard.json").read_text())
+        queries = {target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())}
+        assert len(queries) > 50
+        missing = sorted(query.replace("$__rate_interval", "10s") for query in queries)
+        prometheus = Prometheus(pools.folder, pools.metrics)
+
+        def all_have_had_data() -> bool:
+            cluster.complete(temperature=0.9, max_tokens=32)
+            missing[:] = [query for query in missing if not prometheus.query(query)]
+            return not missing
+
+        try:
+            eventually(all_have_had_data, "data for all queries", 60.0)
+        except AssertionError:
+            raise AssertionError(f"no data for {missing}") from None
+        finally:
+            prometheus.close()
 
     @pytest.mark.parametrize("source", ["--url", "--grpc", "--pair"])
     def test_the_complete_command_shows_where_text_came_from(self, pools: Pools, cluster: Cluster, source: str) -> None:

@@ -231,5 +231,12 @@ def test_metrics_use_vllm_names() -> None:
     assert value("vllm:prompt_tokens_total") == 3
     assert value("vllm:request_success_total", {"finished_reason": "length"}) == 1
     assert value("vllm:time_to_first_token_seconds_count") == 1
+    assert value("vllm:request_queue_time_seconds_count") == 1
+    assert value("vllm:inter_token_latency_seconds_count") == 11
+    assert value("vllm:e2e_request_latency_seconds_count") == 1
+    assert value("vllm:request_time_per_output_token_seconds_count") == 1
+    assert value("tandem:step_seconds_count") == 12
+    assert value("tandem:verify_step_seconds_count") == 0
+    assert value("tandem:engine_busy_seconds_total", {}) > 0
     assert value("vllm:num_requests_running") == 0
     assert value("tandem:rounds_without_draft_total", {"cause": "no_drafter"}) == 11

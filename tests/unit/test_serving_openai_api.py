@@ -11,16 +11,17 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prometheus_client import generate_latest
 
 from tandem_serve.config import RouterLimits
 from tandem_serve.errors import ModelMismatch, Overloaded, Unavailable
-from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.serving.chat import load_chat_template
 from tandem_serve.serving.completion import TextCompletion
-from tandem_serve.serving.metrics import MeteredTextService, ServingMetrics
+from tandem_serve.serving.exposition import Target
+from tandem_serve.serving.metrics import RouterMetrics
+from tandem_serve.serving.observed import ObservedTextService
 from tandem_serve.serving.openai_api import FrontEnd, create_app
 from tandem_serve.serving.router import PairingRouter
+from tandem_serve.serving.tracing import Tracing
 from tests.checkpoints import END_OF_TEXT_ID, make_tokenizer
 from tests.unit.scripted_primary import ScriptedPrimary
 
@@ -37,15 +38,12 @@ def app_over(primary: ScriptedPrimary, chat_folder: Path | None = None) -> Any:
     router.set_primaries({"p0": primary})
     limits = RouterLimits(max_n=4, max_prompts=3, max_logprobs=5, max_body_bytes=4096)
     service = TextCompletion(router, TOKENIZER, model_name="m", eos_token_ids=(END_OF_TEXT_ID,), limits=limits)
-    metrics = ServingMetrics("m")
+    metrics = RouterMetrics()
+    metrics.watch(router)
     template = load_chat_template(chat_folder, TOKENIZER) if chat_folder else None
-    metered = MeteredTextService(service, metrics)
-    return create_app(FrontEnd(metered, TOKENIZER, template, "m", limits, metrics, router.overview, replica_metrics))
-
-
-async def replica_metrics() -> dict[str, str]:
-    text = generate_latest(PrimaryMetrics().registry).decode()
-    return {"a": text, "b": text}
+    observed = ObservedTextService(service, metrics, Tracing())
+    targets = [Target("10.0.0.1:9520", {"pool": "primary", "replica": "a"})]
+    return create_app(FrontEnd(observed, TOKENIZER, template, "m", limits, metrics, router.overview, lambda: targets))
 
 
 def client_of(app: Any) -> httpx.AsyncClient:
@@ -257,12 +255,19 @@ async def test_models_health_status_metrics(client: httpx.AsyncClient) -> None:
     status = (await client.get("/status")).json()
     assert [primary["name"] for primary in status["primaries"]] == ["p0"]
     metrics = (await client.get("/metrics")).text
-    assert f'vllm:generation_tokens_total{{model_name="m"}} {len(SAID)}.0' in metrics
-    assert "vllm:spec_decode_num_accepted_tokens_per_pos_total" in metrics
-    assert 'vllm:num_requests_running{model_name="m",primary="p0"} 0.0' in metrics
-    for replica in "ab":
-        assert f'tandem:near_ties_total{{replica="{replica}"}} 0.0' in metrics  # what only replicas count
-    assert metrics.count("\nvllm:prompt_tokens_total{") == 1  # what the router counts too
+    assert f"tandem:router_generation_tokens_total {len(SAID)}.0" in metrics
+    assert 'tandem:router_completions_total{finished_reason="stop"} 1.0' in metrics
+    assert 'tandem:router_num_sequences{member="p0",of="primary"} 0.0' in metrics
+    assert "tandem:router_e2e_request_latency_seconds_count 1.0" in metrics
+    assert "vllm:" not in metrics  # those are the primaries', or sums would count twice
+    assert (await client.get("/metrics/targets")).json() == [
+        {"targets": ["10.0.0.1:9520"], "labels": {"pool": "primary", "replica": "a"}}
+    ]
+
+
+async def test_requests_that_fail_are_counted_by_cause(client: httpx.AsyncClient, primary: ScriptedPrimary) -> None:
+    await complete(client, max_tokens=4000)
+    assert 'tandem:router_errors_total{kind="invalid_request"} 1.0' in (await client.get("/metrics")).text
 
 
 # ------------------------------------------------------------------ refusals

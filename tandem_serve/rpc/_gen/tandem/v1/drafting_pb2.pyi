@@ -120,7 +120,7 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ExtendSequence(_message.Message):
-    __slots__ = ("sequence_id", "incarnation", "round", "start_position", "token_ids", "representations", "next_token_id", "block_length")
+    __slots__ = ("sequence_id", "incarnation", "round", "start_position", "token_ids", "representations", "next_token_id", "block_length", "traceparent")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +129,7 @@ class ExtendSequence(_message.Message):
     REPRESENTATIONS_FIELD_NUMBER: _ClassVar[int]
     NEXT_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     incarnation: int
     round: int
@@ -137,7 +138,8 @@ class ExtendSequence(_message.Message):
     representations: _tensor_pb2.Tensor
     next_token_id: int
     block_length: int
-    def __init__(self, sequence_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., round: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., representations: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., next_token_id: _Optional[int] = ..., block_length: _Optional[int] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, sequence_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., round: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., representations: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., next_token_id: _Optional[int] = ..., block_length: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class CloseSequence(_message.Message):
     __slots__ = ("sequence_id", "incarnation")
