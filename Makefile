@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm test-vllm demo test lint format protos train-demo bench lock clean
+.PHONY: help setup setup-vllm test-vllm demo test lint format protos dashboard train-demo bench lock clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,11 @@ demo: $(if $(filter vllm,$(ENGINE)),$(VLLM)/.installed,$(RUNTIME)) ## a cluster 
 	$(if $(filter vllm,$(ENGINE)),$(VLLM)/bin/tandem-serve demo deployments/demo-vllm.yaml,$(BIN)/tandem-serve demo)
 
 test: lint ## linters, types, import floors and every test
-	$(BIN)/pytest
+	scripts/fetch_prometheus.sh
+	PATH="$(CURDIR)/$(VENV)/prometheus/usr/bin:$$PATH" $(BIN)/pytest
+
+dashboard: $(DEV) ## observability/dashboard.json from scripts/generate_dashboard.py
+	$(BIN)/python scripts/generate_dashboard.py
 
 test-vllm: $(VLLM)/.installed ## the tests that need vLLM
 	$(VLLM)/bin/pytest -m vllm
