@@ -117,6 +117,33 @@ def steps(
     _write(json_file, figures)
 
 
+@app.command()
+def overhead(
+    pair: PairOption = "demo",
+    limit: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 40,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a completion.")] = 96,
+    sample_ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of requests that is traced.")] = 0.01,
+    scrape_interval_s: Annotated[float, typer.Option(min=0.1, help="How often the metrics are read.")] = 1.0,
+    certificates: Annotated[
+        Path | None, typer.Option(help="From scripts/make_certificates.py: TLS between the watched cluster's pools.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """What TLS, traces and metrics cost: two clusters of plain processes, one watched, prompt by prompt in turn."""
+    from tandem_serve.bench.overhead import OverheadOptions, run_overhead
+    from tandem_serve.bench.tables import ProgressBar, print_cluster
+    from tandem_serve.cli_errors import reported
+    from tandem_serve.models.pairs import pair_folder
+
+    with reported():
+        options = OverheadOptions(pair_folder(pair), limit, max_tokens, sample_ratio, scrape_interval_s, certificates)
+        with ProgressBar("watched against unwatched") as bar:
+            figures = run_overhead(options, bar.expect)
+    print_cluster(figures, same_as="bare")
+    typer.echo(f"{figures['num_scrapes']} scrapes of each replica, {figures['num_exports']} exports of spans")
+    _write(json_file, figures)
+
+
 def _write(file: Path | None, figures: dict[str, Any]) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import openai
@@ -18,21 +19,42 @@ _MODES: dict[str, int | None] = {"plain": 0, "tandem": None}
 def measure_cluster(
     url: str, prompts: Sequence[tuple[int, ...]], max_tokens: int, done: Callable[[], None]
 ) -> dict[str, Any]:
-    """Completes every prompt greedily in both modes, turn about. Returns "modes" and the ratios as bench decode does.
+    """Completes every prompt greedily with and without drafts, turn about."""
+    modes = {name: (url, block_length) for name, block_length in _MODES.items()}
+    return measure_turn_about(modes, prompts, max_tokens, done, reference="plain")
+
+
+def measure_turn_about(
+    modes: Mapping[str, tuple[str, int | None]],
+    prompts: Sequence[tuple[int, ...]],
+    max_tokens: int,
+    done: Callable[[], None],
+    *,
+    reference: str,
+) -> dict[str, Any]:
+    """Completes every prompt greedily in every mode, turn about. Returns "modes" and the ratios as bench decode does.
 
     The first prompt is completed once in each mode before anything is timed.
+
+    Args:
+        modes: by name, a router's URL and the block length to ask for; None is the cluster's own.
+        reference: the mode whose text the others' is compared with.
     """
-    runs: dict[str, list[PromptRun]] = {name: [] for name in _MODES}
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    runs: dict[str, list[PromptRun]] = {name: [] for name in modes}
+    with ExitStack() as stack:
+        clients = {
+            url: stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
+            for url, _ in modes.values()
+        }
         for turn in range(-1, len(prompts)):
-            names = list(_MODES) if turn % 2 else list(reversed(_MODES))
-            for name in names:
-                run = _complete(client, prompts[max(turn, 0)], max_tokens, _MODES[name])
+            for name in list(modes)[:: 1 if turn % 2 else -1]:
+                url, block_length = modes[name]
+                run = _complete(clients[url], prompts[max(turn, 0)], max_tokens, block_length)
                 if turn >= 0:
                     runs[name].append(run)
                     done()
     return {
-        "modes": {name: summarize(of_mode, runs["plain"]) for name, of_mode in runs.items()},
+        "modes": {name: summarize(of_mode, runs[reference]) for name, of_mode in runs.items()},
         "ratios": ratios(runs),
         "ratio_spread": ratio_spread(runs),
         "num_prompts": len(prompts),

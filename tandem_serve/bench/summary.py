@@ -54,7 +54,7 @@ def summarize(runs: Sequence[PromptRun], plain: Sequence[PromptRun] | None) -> d
     }
 
 
-_COMPARED = (("tandem", "plain"), ("tandem", "plain-drafter"), ("plain-drafter", "plain"))
+_COMPARED = (("tandem", "plain"), ("tandem", "plain-drafter"), ("plain-drafter", "plain"), ("observed", "bare"))
 
 
 def ratios(runs: Mapping[str, Sequence[PromptRun]]) -> dict[str, float]:

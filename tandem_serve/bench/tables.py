@@ -35,10 +35,11 @@ def print_decode(figures: dict[str, Any]) -> None:
     _print_ratios(figures)
 
 
-def print_cluster(figures: dict[str, Any]) -> None:
-    """The document of measure_cluster as a table."""
+def print_cluster(figures: dict[str, Any], *, same_as: str = "plain") -> None:
+    """The document of measure_turn_about as a table."""
     title = "Held-out prompts over HTTP, one at a time, greedy"
-    table = _table(title, "mode", "tokens/s", "p10-p90", "accepted a block", "tokens a pass", "first token", "= plain")
+    columns = ("mode", "tokens/s", "p10-p90", "accepted a block", "tokens a pass", "first token", f"= {same_as}")
+    table = _table(title, *columns)
     for name, mode in figures["modes"].items():
         table.add_row(
             name,

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tandem_serve.bench import overhead
+from tandem_serve.bench.overhead import OverheadOptions
 from tandem_serve.cli_bench import app
 from tests.checkpoints import make_drafter, make_plain_drafter, make_primary
 
@@ -46,6 +48,18 @@ def test_document(pair: Path, temperature: str) -> None:
     assert figures["ratios"]["tandem/plain"] == pytest.approx(
         tandem["tokens_per_s"] / figures["modes"]["plain"]["tokens_per_s"]
     )
+
+
+@pytest.mark.slow
+def test_what_being_watched_costs_is_measured_on_two_real_clusters(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "held_out_prompts", lambda *_, **__: [(5, 6, 7)])
+    options = OverheadOptions(pair, limit=1, max_tokens=24, sample_ratio=1.0, scrape_interval_s=0.1)
+    figures = overhead.run_overhead(options, lambda total: lambda: None)
+    assert set(figures["modes"]) == {"bare", "observed"}
+    assert figures["modes"]["observed"]["identical_to_plain"] is True
+    assert figures["ratios"]["observed/bare"] > 0
+    assert figures["num_scrapes"] > 0
+    assert figures["num_exports"] > 0  # by the time that the processes have ended
 
 
 def test_inflation_changes_no_token_and_is_declared(pair: Path) -> None:
