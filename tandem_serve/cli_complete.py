@@ -31,14 +31,21 @@ def complete(
     seed: int | None = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be given several times.")] = None,
     block_length: Annotated[int | None, typer.Option(help="Drafts a round; 0 is plain decoding.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Who decides how many: fixed, entropy, router or optimal.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="plain, speculative; tandem, tandem-representations: drafts stand unverified.")
+    ] = "speculative",
     num_threads: Annotated[int, typer.Option(min=1, help="torch threads, with --pair.")] = 1,
     plain: Annotated[bool, typer.Option("--plain", help="The same as --block-length 0.")] = False,
 ) -> None:
     """Complete a prompt. Green text was drafted and accepted; the rest is the primary's own."""
     import sys
 
-    from tandem_serve.types import TextRequest
+    from tandem_serve.types import DecodingMode, PolicyName, TextRequest
 
+    for option, value, kind in (("--policy", policy, PolicyName), ("--mode", mode, DecodingMode)):
+        if value is not None and value not in list(kind):
+            raise typer.BadParameter(f"{value!r}: expected one of {', '.join(kind)}", param_hint=option)
     if sum(source is not None for source in (url, grpc, pair)) > 1:
         raise typer.BadParameter("give one of --url, --grpc and --pair")
     request = TextRequest(
@@ -51,6 +58,8 @@ def complete(
         seed=seed,
         stop=tuple(stop or ()),
         block_length=0 if plain else block_length,
+        policy=PolicyName(policy) if policy else None,
+        mode=DecodingMode(mode),
     )
     with reported():
         if pair is not None:
@@ -117,7 +126,14 @@ def _read_http(request: TextRequest, url: str, client: openai.OpenAI) -> Iterato
             seed=request.seed,
             stop=list(request.stop) or None,
             stream=True,
-            extra_body={"return_token_ids": True, "block_length": request.block_length},
+            extra_body={
+                "return_token_ids": True,
+                "speculation": {
+                    "block_length": request.block_length,
+                    "policy": request.policy,
+                    "mode": request.mode,
+                },
+            },
         )
         for chunk in chunks:
             choice = chunk.choices[0]

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from tandem_serve.errors import ConfigError
+from tandem_serve.types import PolicyName
 
 Dtype = Literal["float32", "bfloat16"]
 P = TypeVar("P", bound="_Part")
@@ -44,6 +45,7 @@ class PrimaryEngineConfig(_Part):
     max_model_len: int | None = Field(None, ge=2)  # None: what the checkpoint allows
     representation_memory_bytes: int = Field(256 << 20, ge=0)  # host memory for taps kept to re-attach drafters
     block_length: int = Field(5, ge=0, le=64)  # drafts a round where a request does not say
+    policy: PolicyName = PolicyName.FIXED  # who decides how many, where a request does not say
     draft_timeout_s: float = Field(0.5, gt=0)  # after which a round goes on without drafts
 
 

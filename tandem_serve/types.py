@@ -29,6 +29,30 @@ class SamplingParams:
     seed: int = 0  # 64 bits, signed; the text depends on prompt, seed and primary alone
 
 
+class PolicyName(StrEnum):
+    """Who decides how many drafts a round gets (decoding/block_policy.py). None of them changes a token."""
+
+    FIXED = "fixed"  # block_length drafts
+    ENTROPY = "entropy"  # until the drafter's own uncertainty says that its last draft may be wrong
+    ROUTER = "router"  # until the router MLP says so (the paper's adaptive block length)
+    OPTIMAL = "optimal"  # until one more draft costs more time than the tokens that it may bring save
+
+
+class DecodingMode(StrEnum):
+    """What the two models do for a sequence. The first two write the same text, which is the primary's."""
+
+    PLAIN = "plain"  # the primary alone
+    SPECULATIVE = "speculative"  # the drafter proposes, the primary has the last word
+    # Standalone tandem (the paper's): drafts are text, unverified; every block_length of them the primary runs what was
+    # written, for its representations alone. The text depends on the drafter, on block_length, and on drafts in time.
+    TANDEM = "tandem"  # and writes the token that opens the next block
+    TANDEM_REPRESENTATIONS = "tandem-representations"  # and writes nothing
+
+    @property
+    def is_standalone(self) -> bool:
+        return self in (DecodingMode.TANDEM, DecodingMode.TANDEM_REPRESENTATIONS)
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate. Token level: text, stop strings and `n` are the front end's business."""
@@ -39,9 +63,12 @@ class GenerationRequest:
     max_tokens: int
     stop_token_ids: tuple[int, ...] = ()  # the model's own end-of-text ids included; any of them ends with STOP
     num_logprobs: int | None = None  # None: none; 0: of the chosen token alone; n: and of the n likeliest
-    block_length: int | None = None  # drafts a round; None: the engine's default; 0: plain decoding
+    block_length: int | None = None  # drafts a round, at most; None: the engine's default; 0: the primary alone
     drafter_address: str | None = None  # the router's pairing; None: any drafter that the engine knows
     traceparent: str | None = None  # W3C trace context of the caller's span; None: not traced
+    policy: PolicyName | None = None  # None: the engine's default
+    threshold: float | None = None  # StoppingRule.threshold; None: the policy's own
+    mode: DecodingMode = DecodingMode.SPECULATIVE
 
 
 class FinishReason(StrEnum):
@@ -98,8 +125,11 @@ class TextRequest:
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-text ids
     ignore_eos: bool = False  # go on past the model's own end-of-text ids
     logprobs: int | None = None  # as GenerationRequest.num_logprobs
-    block_length: int | None = None  # as GenerationRequest.block_length
-    traceparent: str | None = None  # as GenerationRequest.traceparent
+    block_length: int | None = None  # these as in GenerationRequest
+    traceparent: str | None = None
+    policy: PolicyName | None = None
+    threshold: float | None = None
+    mode: DecodingMode = DecodingMode.SPECULATIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +244,20 @@ class OpenSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class StoppingRule:
+    """When a drafter ends a block before it has block_length drafts.
+
+    Each draft gets a score, 0 to 1: an estimate that it is right (entropy, router), or that the block is right as far
+    as it goes (optimal). Drafting goes on while the score is at least `threshold`; the draft that ends the block is
+    kept if its score is at least keep_threshold.
+    """
+
+    policy: PolicyName  # any but fixed
+    threshold: float | None = None  # None: what the drafter holds best
+    keep_threshold: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ExtendSequence:
     """Verified positions start_position .. start_position + n - 1, and the token that opens the next block.
 
@@ -230,6 +274,10 @@ class ExtendSequence:
     next_token_id: int | None
     block_length: int  # drafts wanted; 0: none
     traceparent: str | None = None  # of the primary's span of this round; None: not traced
+    stopping: StoppingRule | None = None  # None: exactly block_length drafts
+    # In standalone decoding, which goes on behind unverified drafts: how many of the drafter's own tokens lie between
+    # the verified ones and next_token_id, which is the last of them. None: drafts are verified.
+    num_unverified: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,22 +101,31 @@ def quiet(command: ExtendSequence) -> ExtendSequence:
     return replace(command, next_token_id=None, block_length=0)
 
 
-@torch.inference_mode()
 def expected_drafts(num_verified: int, block_length: int, sampling: SamplingParams, kind: str) -> tuple[int, ...]:
-    """The drafts behind TEXT[:num_verified], token by token with the plainest cache."""
+    """The drafts behind TEXT[:num_verified] and the token that follows them there."""
+    return drafts_behind(TEXT[: num_verified + 1], block_length, sampling, kind)
+
+
+@torch.inference_mode()
+def drafts_behind(
+    text: Sequence[int], block_length: int, sampling: SamplingParams, kind: str = "tandem"
+) -> tuple[int, ...]:
+    """What MS drafts behind text, whose last token opens the block: token by token with the plainest cache."""
+    num_verified = len(text) - 1
     model, _ = tiny_drafter(kind)
     decoder = model.decoder if isinstance(model, TandemDrafter) else model
     assert isinstance(decoder, Decoder)
     cache = DenseCache(decoder.config, 200)
     known = torch.arange(num_verified)
     if isinstance(model, TandemDrafter):
-        cache.write(known, model.project(representations(TEXT[:num_verified]), known))
-    else:
-        decoder(torch.tensor(TEXT[:num_verified]), known, cache.attend(known))
+        if num_verified:
+            cache.write(known, model.project(representations(text[:-1]), known))
+    elif num_verified:
+        decoder(torch.tensor(text[:-1]), known, cache.attend(known))
     drafts: list[int] = []
     for i in range(block_length):
         position = torch.tensor([num_verified + i])
-        token_id = torch.tensor([drafts[-1] if drafts else TEXT[num_verified]])
+        token_id = torch.tensor([drafts[-1] if drafts else text[-1]])
         logits = decoder.logits(decoder(token_id, position, cache.attend(position)).hidden)
         drafts.append(
             int(choose_token_ids(logits, SamplingRows.from_params([(sampling, num_verified + i + 1)])).token_ids)

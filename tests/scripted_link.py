@@ -153,7 +153,7 @@ def oracle(texts: dict[str, Sequence[int]]) -> Script:
     """Drafts the right tokens: texts are whole sequences by id, prompt included."""
 
     def script(_: ScriptedLink, life: Life, command: ExtendSequence) -> list[DraftEvent]:
-        first = len(life.token_ids) + 1
+        first = len(life.token_ids) + (command.num_unverified or 0) + 1
         return [block(life, command, texts[life.opened.sequence_id][first : first + command.block_length])]
 
     return script

@@ -1,39 +1,42 @@
-"""How many drafts a primary asks for in a round. Set per request and from load; 0 means plain decoding."""
+"""How many drafts a round gets: the primary plans each round, and the drafter may end a block early, token by token.
+
+Neither ever changes a token of verified text, only the speed. The drafter's side is stopping_rules.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+from tandem_serve.types import GenerationRequest, StoppingRule
+
+
+class BlockPlan(NamedTuple):
+    """What a round asks for: block_length drafts (vLLM: num_speculative_tokens), 0 for none, or fewer by `stopping`."""
+
+    block_length: int
+    stopping: StoppingRule | None = None
 
 
 class BlockPolicy(Protocol):
-    """Decides the next round's block length (vLLM: num_speculative_tokens). Called once a sequence and round: cheap.
+    """Plans rounds. Called once a sequence and round: cheap.
 
-    It never changes a token, only the speed. The engine itself caps the answer by what the drafter offers and by the
-    tokens that the request may still have.
+    The engine itself caps the plan by what the drafter offers and by the tokens that the request may still have.
     """
 
-    def block_length(self, requested: int | None, num_requests_running: int) -> int:
-        """Drafts to ask for, 0 or more.
-
-        Args:
-            requested: GenerationRequest.block_length; None where the request leaves it to the engine.
-            num_requests_running: sequences that share the primary's next step, this one included.
-        """
+    def plan(self, request: GenerationRequest, num_requests_running: int) -> BlockPlan:
+        """The next round of a request, of which num_requests_running share the primary's next step, it included."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class FixedBlockLength:
-    """The request's own block length, else the same for everyone; load is ignored."""
+class LearningPolicy(BlockPolicy, Protocol):
+    """A BlockPolicy that is told how its rounds went. On the engine's thread."""
 
-    default: int = 5
-    maximum: int = 16  # caps what requests ask for: a round verifies maximum + 1 tokens a sequence at most
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        """The primary has run so many tokens in a step, none of them a prompt's."""
+        ...
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.default <= self.maximum:
-            raise ValueError(f"block length default {self.default} is not within 0..{self.maximum}")
-
-    def block_length(self, requested: int | None, num_requests_running: int) -> int:
-        """See BlockPolicy."""
-        return min(self.default if requested is None else max(requested, 0), self.maximum)
+    def observe_round(
+        self, request: GenerationRequest, num_drafts: int, num_accepted: int, draft_s: float, round_s: float
+    ) -> None:
+        """A round of a request has been verified: its drafts took draft_s, waiting included, and all of it round_s."""
+        ...

@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
+from tandem_serve.decoding.block_policy import BlockPlan
+from tandem_serve.types import GenerationRequest, PolicyName, StoppingRule
+
 NUM_SAMPLES = 9  # the latest ones of a size; their median counts, so that a hiccup of the machine does not
 PROBE_ROUNDS = 64  # while nothing is drafted, one round in so many is, to see whether that still holds
 PRIOR_ACCEPTANCE = 0.6
@@ -140,8 +143,15 @@ class MeasuredBlockLength:
 
     # -------------------------------------------------------------- what the engine asks
 
+    def plan(self, request: GenerationRequest, num_requests_running: int) -> BlockPlan:
+        """See BlockPolicy. A request's own policy ends blocks early at the drafter's own thresholds."""
+        length = self.block_length(request.block_length, num_requests_running)
+        if request.policy is None or request.policy is PolicyName.FIXED or length == 0:
+            return BlockPlan(length)
+        return BlockPlan(length, StoppingRule(request.policy, request.threshold))
+
     def block_length(self, requested: int | None, num_requests_running: int) -> int:
-        """See BlockPolicy."""
+        """Drafts a round, at most."""
         if requested is not None:
             return min(max(requested, 0), MAX_BLOCK_LENGTH)
         if self.default == 0 or not self._adapts:

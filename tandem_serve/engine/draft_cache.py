@@ -20,7 +20,8 @@ class DraftSequence:
     """One sequence of one peer.
 
     num_received positions are verified; of these all but `unrun` are in the buffer. `tail` are the tokens that MS has
-    run behind them, its last block: where they prove right, a plain drafter keeps their keys and values.
+    run behind them, its last block: where they prove right, a plain drafter keeps their keys and values. Unverified
+    drafting goes on behind them.
     """
 
     peer_id: str

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
+from tandem_serve.decoding.stopping_rules import UNTRAINED, Scorer, StoppingRows
 from tandem_serve.engine.attention import RaggedAttention, Span
 from tandem_serve.engine.forward import Rows, forward
 from tandem_serve.engine.kv_cache import KvBuffer
 from tandem_serve.models.decoder import Decoder
-from tandem_serve.types import SamplingParams
+from tandem_serve.types import SamplingParams, StoppingRule
 
 
 class DraftJob(NamedTuple):
@@ -24,6 +25,7 @@ class DraftJob(NamedTuple):
     token_ids: list[int]
     block_length: int  # 1 or more
     sampling: SamplingParams
+    stopping: StoppingRule | None = None
 
     @property
     def first_position(self) -> int:
@@ -31,33 +33,50 @@ class DraftJob(NamedTuple):
         return self.start + len(self.token_ids)
 
 
-def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob]) -> list[list[int]]:
-    """Each job's drafts, block_length of them, in as many passes as the longest block has drafts.
+def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob], scorer: Scorer = UNTRAINED) -> list[list[int]]:
+    """Each job's drafts: block_length of them, or fewer where its stopping rule ends the block.
 
     A sequence leaves the batch when its block is done. The last draft of a block is not run: if it proves right, its
     position is written with the rest of the verified ones.
     """
-    order = sorted(range(len(jobs)), key=lambda index: -jobs[index].block_length)
-    ordered = [jobs[index] for index in order]
-    active = ordered
-    logits = forward(decoder, [Rows(job.kv, job.start, job.token_ids, 1) for job in active]).logits
-    positions = torch.tensor([job.first_position - 1 for job in active], device=decoder.device)
-    rows = _sampling_rows(active, 0, decoder.device)
-    chosen = [_choose(logits, rows)]
-    for step in range(1, ordered[0].block_length):
-        rows = rows.advanced()
-        if active[-1].block_length <= step:
-            active = [job for job in active if job.block_length > step]
-            rows = _sampling_rows(active, step, decoder.device)
-        spans = [Span(job.kv, job.first_position + step - 1, 1) for job in active]
+    device = decoder.device
+    lanes = list(range(len(jobs)))  # the jobs that are still drafted, in the batch's order
+    logits = forward(decoder, [Rows(job.kv, job.start, job.token_ids, 1) for job in jobs]).logits
+    positions = torch.tensor([job.first_position - 1 for job in jobs], device=device)
+    rows = _sampling_rows(jobs, 0, device)
+    stopping = StoppingRows.of([job.stopping for job in jobs], scorer.thresholds, device)
+    survival = torch.ones(len(jobs), device=device)
+    columns: list[tuple[list[int], Tensor]] = []  # of each step: lanes and drafts
+    dropped: set[int] = set()  # lanes whose last draft is not worth verifying
+    for step in range(1, max(job.block_length for job in jobs) + 1):
+        chosen = _choose(logits, rows)
+        columns.append((lanes, chosen))
+        going = [jobs[lane].block_length > step for lane in lanes]
+        if stopping is not None and any(going):
+            survival = stopping.survival(survival, scorer, logits, chosen)
+            goes_on = stopping.goes_on(survival).tolist()
+            if not all(goes_on):
+                is_kept = stopping.is_kept(survival).tolist()
+                dropped |= {lane for lane, *good in zip(lanes, goes_on, is_kept, strict=True) if not any(good)}
+            going = [a and b for a, b in zip(going, goes_on, strict=True)]
+        if not any(going):
+            break
+        if all(going):
+            rows = rows.advanced()
+        else:
+            staying = torch.tensor([place for place, goes in enumerate(going) if goes], device=device)
+            lanes = [lane for lane, goes in zip(lanes, going, strict=True) if goes]
+            chosen, positions, survival = chosen[staying], positions[staying], survival[staying]
+            stopping = None if stopping is None else stopping.select(staying)
+            rows = _sampling_rows([jobs[lane] for lane in lanes], step, device)
+        spans = [Span(jobs[lane].kv, jobs[lane].first_position + step - 1, 1) for lane in lanes]
         attend = RaggedAttention(decoder.config, spans, decoder.dtype)
-        hidden, _ = decoder(chosen[-1][: len(active)], positions[: len(active)] + step, attend)
-        chosen.append(_choose(decoder.logits(hidden), rows))
-    columns = [column.tolist() for column in chosen]  # fetched at the end: a step never waits for the device
+        logits = decoder.logits(decoder(chosen, positions + step, attend).hidden).float()
     blocks: list[list[int]] = [[] for _ in jobs]
-    for rank, index in enumerate(order):
-        blocks[index] = [columns[step][rank] for step in range(jobs[index].block_length)]
-    return blocks
+    for members, drafts in columns:  # fetched at the end: without a rule, no step waits for the device
+        for lane, draft in zip(members, drafts.tolist(), strict=True):
+            blocks[lane].append(draft)
+    return [block[:-1] if lane in dropped else block for lane, block in enumerate(blocks)]
 
 
 def _sampling_rows(jobs: Seq[DraftJob], step: int, device: torch.device) -> SamplingRows:
@@ -67,4 +86,4 @@ def _sampling_rows(jobs: Seq[DraftJob], step: int, device: torch.device) -> Samp
 
 def _choose(logits: Tensor, rows: SamplingRows) -> Tensor:
     """One draft a row [B]."""
-    return choose_token_ids(logits.float(), rows).token_ids
+    return choose_token_ids(logits, rows).token_ids

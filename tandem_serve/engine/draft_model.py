@@ -8,9 +8,12 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from tandem_serve.decoding.stopping_rules import UNTRAINED, Scorer
 from tandem_serve.engine.draft_cache import DraftSequence
 from tandem_serve.engine.draft_loop import DraftJob, draft_blocks
+from tandem_serve.engine.draft_scores import AcceptanceScorer
 from tandem_serve.engine.forward import Rows, forward
+from tandem_serve.models.acceptance import AcceptanceModel
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemDrafter
 from tandem_serve.types import ExtendSequence
@@ -22,16 +25,18 @@ MERGED_TOKENS = 32  # verified tokens that a plain drafter runs in the same pass
 class DraftModel:
     """A tandem drafter or a plain decoder. Holds no sequences; a step's sequences are handed in."""
 
-    def __init__(self, model: TandemDrafter | Decoder) -> None:
+    def __init__(self, model: TandemDrafter | Decoder, acceptance: AcceptanceModel | None) -> None:
         self._tandem = model if isinstance(model, TandemDrafter) else None
         self.decoder = model.decoder if isinstance(model, TandemDrafter) else model
+        self._scorer: Scorer = UNTRAINED if acceptance is None else AcceptanceScorer(acceptance, self.decoder)
 
     def receive(self, sequence: DraftSequence, command: ExtendSequence) -> None:
         """Notes verified positions; `take_in` writes them."""
         if self._tandem is None:
             sequence.receive_tokens(command.token_ids)
-        else:
+        elif command.token_ids:
             sequence.num_received += len(command.token_ids)
+            sequence.tail = []
 
     def take_in(
         self, arrived: Mapping[DraftSequence, list[ExtendSequence]], drafting: Collection[DraftSequence]
@@ -62,21 +67,22 @@ class DraftModel:
         jobs = {
             sequence: DraftJob(
                 sequence.kv,
-                sequence.num_cached,
+                sequence.num_cached + (command.num_unverified or 0),
                 [*sequence.unrun, command.next_token_id],
                 command.block_length,
                 sequence.sampling,
+                command.stopping,
             )
             for sequence, command in rounds.items()
             if command.block_length and command.next_token_id is not None
         }
         if not jobs:
             return {}
-        blocks = dict(zip(jobs, draft_blocks(self.decoder, list(jobs.values())), strict=True))
-        if self._tandem is None:
-            for sequence, drafts in blocks.items():
-                sequence.unrun = []
-                sequence.tail = [jobs[sequence].token_ids[-1], *drafts[:-1]]
+        blocks = dict(zip(jobs, draft_blocks(self.decoder, list(jobs.values()), self._scorer), strict=True))
+        for sequence, drafts in blocks.items():
+            sequence.unrun = []
+            kept = sequence.tail[: rounds[sequence].num_unverified or 0]
+            sequence.tail = [*kept, jobs[sequence].token_ids[-1], *drafts[:-1]]
         return blocks
 
     def _write_representations(self, tandem: TandemDrafter, entries: list[tuple[DraftSequence, int, Tensor]]) -> None:

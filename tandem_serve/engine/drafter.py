@@ -18,6 +18,7 @@ from tandem_serve.engine.draft_model import DraftModel
 from tandem_serve.engine.validation import check_extend, check_open
 from tandem_serve.errors import InvalidRequest, ModelMismatch, Overloaded, TandemError, Unavailable
 from tandem_serve.metrics import DrafterMetrics
+from tandem_serve.models.acceptance import AcceptanceModel
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemDrafter
 from tandem_serve.tracing import Span, SpanSink, TraceContext, discard
@@ -70,6 +71,7 @@ class DrafterEngine:
         info: DrafterInfo,
         config: DrafterEngineConfig,
         *,
+        acceptance: AcceptanceModel | None = None,  # None: policies that want one make do without
         metrics: DrafterMetrics | None = None,
         spans: SpanSink = discard,
         clock: Callable[[], float] = time.monotonic,
@@ -77,7 +79,7 @@ class DrafterEngine:
         self.metrics = metrics or DrafterMetrics()
         self._spans = spans
         self._info = info
-        self._model = DraftModel(model)
+        self._model = DraftModel(model, acceptance)
         self._clock = clock
         self._cache = DraftCache(self._model.decoder, config, self._on_evict)
         self._peers: dict[str, _Peer] = {}
@@ -247,9 +249,10 @@ class DrafterEngine:
             self._extend(sequence, command)
 
     def _extend(self, sequence: DraftSequence, command: ExtendSequence) -> None:
-        check_extend(command, self._info, sequence.num_received)
+        check_extend(command, self._info, sequence.num_received, len(sequence.tail))
         self._cache.touch(sequence, self._clock())
-        self._cache.make_room(sequence, sequence.num_received + len(command.token_ids) + command.block_length)
+        num_kept = sequence.num_received + len(command.token_ids) + (command.num_unverified or 0)
+        self._cache.make_room(sequence, num_kept + command.block_length)
         self._model.receive(sequence, command)
         self._arrived.setdefault(sequence, []).append(command)
         self._rounds.pop(sequence, None)  # an earlier round that has not been drafted yet is out of date

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tandem_serve.decoding.block_policy import BlockPolicy
+from tandem_serve.decoding.block_policy import BlockPlan, BlockPolicy
 from tandem_serve.engine.drafter_links import PROBE_INTERVAL_S, DrafterLinks, DrafterPeer
 from tandem_serve.engine.outbox import Outbox
 from tandem_serve.engine.representation_log import RepresentationMemory
@@ -25,6 +25,7 @@ from tandem_serve.metrics import PrimaryMetrics, WithoutDraft
 from tandem_serve.types import (
     CloseSequence,
     CreditGranted,
+    DecodingMode,
     DraftBlock,
     DrafterInfo,
     DraftEvent,
@@ -56,6 +57,9 @@ class DraftingLimits(Protocol):
 
     @property
     def draft_timeout_s(self) -> float: ...
+
+    @property
+    def block_length(self) -> int: ...
 
 
 class DraftCoordinator:
@@ -92,7 +96,7 @@ class DraftCoordinator:
     def begin(self, sequence: Sequence) -> None:
         """Decides at admission whether a sequence keeps representations, and of which layers."""
         request = sequence.request
-        if request.block_length == 0:
+        if request.block_length == 0 or request.mode is DecodingMode.PLAIN:
             return
         named = None if request.drafter_address is None else self._links.name(request.drafter_address)
         log = self.memory.new_log(self._links.taps() if self._taps is None else self._taps)
@@ -174,12 +178,18 @@ class DraftCoordinator:
         if spec is not None and spec.attachment is not None:
             spec.attachment.num_asked, spec.attachment.drafts = 0, None
 
+    def has_drafts(self, sequence: Sequence) -> bool:
+        """Whether a round's drafts are there."""
+        spec = sequence.speculation
+        return spec is not None and spec.attachment is not None and bool(spec.attachment.drafts)
+
     def take_drafts(self, sequence: Sequence) -> tuple[int, ...]:
         """Ends the round of a sequence that runs: its drafts, or none, counted by cause."""
         spec = sequence.speculation
         cause = sequence.why_alone
         if spec is not None:
             attachment = spec.attachment
+            spec.has_drafted = attachment is not None and attachment.drafts is not None
             if attachment is not None and attachment.drafts is not None:
                 drafts, attachment.drafts, attachment.num_asked = attachment.drafts, None, 0
                 spec.next_cooldown = COOLDOWN_ROUNDS
@@ -219,6 +229,8 @@ class DraftCoordinator:
                 self._metrics.draft_wait.observe(waited_s)
                 self._metrics.round_trip.observe(max(waited_s - event.draft_time_s, 0.0))
                 self._metrics.draft_time.observe(event.draft_time_s)
+                # A link that works on this very thread delivers at the time that it was asked.
+                spec.draft_s = max(now_s - attachment.asked_at_s, event.draft_time_s)
         elif isinstance(event, SequenceRejected) and event.incarnation == attachment.incarnation:
             _log.info("drafter %s rejected %s: %s", drafter.link.address, event.sequence_id, event.message)
             self._detach(sequence, spec, WithoutDraft.REJECTED)
@@ -289,7 +301,8 @@ class DraftCoordinator:
         if spec.log.num_sent < spec.log.start:
             self.end(sequence, WithoutDraft.EVICTED)
             return
-        block_length = self._block_length(sequence, info, num_running)
+        plan = self._plan(sequence, num_running)
+        block_length = min(plan.block_length, self._longest_block(sequence, info))
         if block_length <= 0:
             too_long = info.max_model_len < len(sequence.token_ids)
             sequence.why_alone = WithoutDraft.TOO_LONG if too_long else WithoutDraft.NOT_REQUESTED
@@ -321,6 +334,8 @@ class DraftCoordinator:
                 next_token_id=sequence.token_ids[-1] if asks else None,
                 block_length=block_length if asks else 0,
                 traceparent=str(sequence.trace.begin_round(now_s)) if asks and sequence.trace is not None else None,
+                stopping=plan.stopping if asks else None,
+                num_unverified=sequence.num_unverified if asks and sequence.is_standalone else None,
             )
         )
         self.memory.mark_sent(spec.log, end)
@@ -333,15 +348,22 @@ class DraftCoordinator:
             if self._worth_s is not None and sequence.request.block_length is None:
                 attachment.deadline_s = min(attachment.deadline_s, now_s + self._worth_s(block_length, num_running))
 
-    def _block_length(self, sequence: Sequence, info: DrafterInfo, num_running: int) -> int:
-        """Drafts worth asking for: none past the request's last token, the drafter's length, or a step's tokens."""
-        return min(
-            self._policy.block_length(sequence.request.block_length, num_running),
-            info.max_block_length,
-            sequence.num_remaining - 1,
-            info.max_model_len - len(sequence.token_ids) + 1,
-            self._config.max_num_batched_tokens - 1,
-        )
+    def block_length(self, sequence: Sequence) -> int:
+        """How many drafts of a standalone sequence stand between two passes of the primary: the paper's gamma."""
+        asked = sequence.request.block_length
+        return self._config.block_length if asked is None else asked
+
+    def _plan(self, sequence: Sequence, num_running: int) -> BlockPlan:
+        if sequence.is_standalone:
+            return BlockPlan(self.block_length(sequence) - sequence.num_unverified)
+        return self._policy.plan(sequence.request, num_running)
+
+    def _longest_block(self, sequence: Sequence, info: DrafterInfo) -> int:
+        """Drafts that may be asked for: within the request's tokens, the drafter's length, and a step's tokens."""
+        longest = min(info.max_block_length, info.max_model_len - len(sequence.token_ids) + 1)
+        if sequence.is_standalone:
+            return min(longest, sequence.num_remaining)
+        return min(longest, sequence.num_remaining - 1, self._config.max_num_batched_tokens - 1)
 
 
 def _is_lost(attachment: Attachment) -> bool:

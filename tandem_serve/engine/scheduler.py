@@ -88,12 +88,13 @@ class Scheduler:
         for sequence in prefilling:
             if num_left <= 0:
                 break
-            runs.append(_prompt_chunk(sequence, num_left))
+            runs.append(_due_chunk(sequence, num_left))
             num_left -= len(runs[-1].token_ids)
         return runs
 
 
-def _prompt_chunk(sequence: Sequence, num_tokens: int) -> Run:
+def _due_chunk(sequence: Sequence, num_tokens: int) -> Run:
     start = sequence.num_computed
-    end = min(start + num_tokens, sequence.num_prompt_tokens)
-    return Run(sequence, sequence.token_ids[start:end], (), int(end == sequence.num_prompt_tokens))
+    end = min(start + num_tokens, sequence.num_due)
+    is_last = end == sequence.num_due
+    return Run(sequence, sequence.token_ids[start:end], (), int(is_last and sequence.primary_opens_blocks))

@@ -11,7 +11,7 @@ from tandem_serve.engine.representation_log import RepresentationLog
 from tandem_serve.errors import TandemError
 from tandem_serve.metrics import WithoutDraft
 from tandem_serve.tracing import TraceContext
-from tandem_serve.types import DrafterInfo, FinishReason, GenerationRequest, GenerationStep
+from tandem_serve.types import DecodingMode, DrafterInfo, FinishReason, GenerationRequest, GenerationStep
 
 # Receives a request's steps and, where it fails, one error as the last thing. On the engine's thread: must not block.
 Sink = Callable[[GenerationStep | TandemError], None]
@@ -43,6 +43,8 @@ class Speculation:
     cooldown_rounds: int = 0  # rounds to go before a drafter is asked again
     next_cooldown: int = 0  # how long the next cool-down will be
     num_rejections: int = 0  # since the last block
+    has_drafted: bool = False  # a block came for the round that is verified now, with drafts or without
+    draft_s: float = 0.0  # and so long after it was asked for
 
 
 @dataclass(slots=True)
@@ -80,7 +82,9 @@ class Sequence:
     sink: Sink
     arrived_at_s: float
     token_ids: list[int]
+    num_due: int  # positions that the primary runs before anything else: the prompt, then blocks that stand unverified
     num_computed: int = 0
+    num_unverified: int = 0  # drafts that are text already, of a block that is not yet full (standalone tandem)
     kv: KvBuffer | None = None  # from admission to the end
     reserved_tokens: int = 0
     first_token_at_s: float = 0.0
@@ -93,7 +97,9 @@ class Sequence:
     @classmethod
     def of(cls, request: GenerationRequest, sink: Sink, now_s: float) -> Sequence:
         stops, trace = frozenset(request.stop_token_ids), SequenceTrace.of(request.traceparent)
-        return cls(request, sink, now_s, list(request.prompt_token_ids), stop_token_ids=stops, trace=trace)
+        sequence = cls(request, sink, now_s, list(request.prompt_token_ids), 0, stop_token_ids=stops, trace=trace)
+        sequence.close_block()
+        return sequence
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -106,7 +112,22 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_computed < self.num_prompt_tokens
+        return self.num_computed < self.num_due
+
+    @property
+    def is_standalone(self) -> bool:
+        """Whether drafts are its text, unverified."""
+        return self.request.mode.is_standalone and self.request.block_length != 0
+
+    @property
+    def primary_opens_blocks(self) -> bool:
+        """Whether the primary, once it has run all that is due, writes the next token."""
+        return not self.is_standalone or self.request.mode is not DecodingMode.TANDEM_REPRESENTATIONS
+
+    def close_block(self) -> None:
+        """Lets the primary run what has been written, but for the last token where the drafter opens with it."""
+        self.num_due = len(self.token_ids) - (0 if self.primary_opens_blocks else 1)
+        self.num_unverified = 0
 
     def extend(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
         """Adds chosen tokens up to the first that ends the sequence. Returns what was added, and why it ended."""

@@ -6,14 +6,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from tandem_serve.config import PrimaryEngineConfig
-from tandem_serve.decoding.block_policy import BlockPolicy, FixedBlockLength
+from tandem_serve.decoding.block_policy import LearningPolicy
+from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.engine.choosing import TokenChooser, Verified, token_logprobs
 from tandem_serve.engine.drafter_links import DrafterLinks
 from tandem_serve.engine.drafting import DraftCoordinator
@@ -57,7 +58,7 @@ class TorchPrimary:
         config: PrimaryEngineConfig,
         *,
         link_factory: LinkFactory | None = None,
-        policy: BlockPolicy | None = None,
+        policy: LearningPolicy | None = None,
         metrics: PrimaryMetrics | None = None,
         spans: SpanSink = discard,
         tie_margin: float | None = None,  # None: TIE_MARGIN in float32; 0 elsewhere, where nothing is exact anyway
@@ -77,8 +78,8 @@ class TorchPrimary:
         self._chooser = TokenChooser(decoder, tie_margin, self.metrics.near_ties)
         self._wake = threading.Event()
         self._links = DrafterLinks(link_factory, info, self.wake)
-        policy = policy or FixedBlockLength(config.block_length, MAX_BLOCK_LENGTH)
-        self._drafting = DraftCoordinator(config, info, self._links, policy, self.metrics)
+        self._policy = policy or RequestedPolicy(config.block_length, config.policy, MAX_BLOCK_LENGTH)
+        self._drafting = DraftCoordinator(config, info, self._links, self._policy, self.metrics)
         self.metrics.drafters_known.set_function(lambda: len(self._links.states()))
         self.metrics.drafters_ready.set_function(lambda: sum(state == "ready" for _, state in self._links.states()))
         self._sequences: dict[str, Sequence] = {}  # waiting and running
@@ -180,23 +181,37 @@ class TorchPrimary:
         now = self._clock()
         with self._costing_drafts_only():
             self._drafting.receive(self._sequences, now)
-        for sequence in self._scheduler.admit():
+        admitted = self._scheduler.admit()
+        for sequence in admitted:
             self._begin(sequence)
-        runs = self._scheduler.select(lambda s: self._drafting.is_ready(s, now), self._drafting.take_drafts)
+        opening = [s for s in admitted if not s.is_prefilling]  # a drafter opens with their only token
+        has_sent = bool(opening) and self._send(opening)
+        self._adopt_drafts(now)
+        runs = self._scheduler.select(
+            lambda s: not s.num_unverified and self._drafting.is_ready(s, now), self._drafting.take_drafts
+        )
+        started = self._clock()
         has_run = bool(runs) and self._run_or_fail(runs)
+        if has_run and all(len(run.token_ids) == run.num_logits for run in runs):  # no prompts
+            self._policy.observe_step(sum(len(run.token_ids) for run in runs), self._clock() - started)
         if runs:
             elapsed = self._clock() - now
             self.metrics.step_time.observe(elapsed)
             if any(run.draft_token_ids for run in runs):
                 self.metrics.verify_time.observe(elapsed)
-        has_sent = True  # should this fail, sequences that waited for drafts are ready
-        with self._costing_drafts_only():
-            has_sent = self._drafting.send(self._scheduler.running, self._clock())
+        has_sent |= self._send(self._scheduler.running)
         self._set_gauges()
         self.metrics.busy.inc(max(self._clock() - now, 0.0))
         if has_run:
             self.num_failed_steps = 0
         return bool(runs) or has_sent
+
+    def _send(self, sequences: Collection[Sequence]) -> bool:
+        """Tells the drafters what they lack. True where anything went out."""
+        has_sent = True  # should this fail, sequences that waited for drafts are ready
+        with self._costing_drafts_only():
+            has_sent = self._drafting.send(sequences, self._clock())
+        return has_sent
 
     def fail_all(self) -> None:
         """Ends every request with Unavailable: something outside a batch went wrong, on nobody knows whose account."""
@@ -284,6 +299,23 @@ class TorchPrimary:
         self.metrics.waiting.set(len(self._scheduler.waiting))
         self.metrics.kv_cache_usage.set(self._budget.usage)
 
+    # -------------------------------------------------------------- standalone tandem
+
+    def _adopt_drafts(self, now_s: float) -> None:
+        """Makes text of the drafts of standalone sequences. A block that is full, or stays without drafts, is closed:
+        the primary runs it.
+        """
+        for sequence in [s for s in self._scheduler.running if s.is_standalone and not s.is_prefilling]:
+            is_open = sequence.num_unverified or self._drafting.has_drafts(sequence)
+            if not is_open or not self._drafting.is_ready(sequence, now_s):
+                continue
+            drafts = self._drafting.take_drafts(sequence)
+            if drafts:
+                self._grow(sequence, list(drafts), len(drafts), len(drafts), None)
+                sequence.num_unverified += len(drafts)
+            if not drafts or sequence.num_unverified >= self._drafting.block_length(sequence):
+                sequence.close_block()
+
     # -------------------------------------------------------------- one forward pass
 
     def _run_or_fail(self, runs: list[Run]) -> bool:
@@ -321,15 +353,24 @@ class TorchPrimary:
                 self.metrics.prompt_tokens.inc(num_verified)
 
     def _advance(self, run: Run, outcome: Verified, logits: Tensor) -> None:
-        """Emits a sequence's new tokens, and ends it where they do. logits [G + 1, V] are those that chose them."""
-        sequence, request = run.sequence, run.sequence.request
-        token_ids, finish_reason = sequence.extend(outcome.token_ids)
-        num_accepted = min(outcome.num_accepted_tokens, len(token_ids))
-        if request.num_logprobs is None:
-            logprobs: tuple[TokenLogprob, ...] = ()
-        else:
+        """Adds what a run has yielded to its sequence. logits [G + 1, V] are those that chose it."""
+        sequence, num_drafts, num_accepted = run.sequence, len(run.draft_token_ids), outcome.num_accepted_tokens
+        if (spec := sequence.speculation) is not None and spec.has_drafted and sequence.last_token_at_s is not None:
+            round_s = self._clock() - sequence.last_token_at_s
+            self._policy.observe_round(sequence.request, num_drafts, num_accepted, spec.draft_s, round_s)
+        self._grow(sequence, outcome.token_ids, num_accepted, num_drafts, logits)
+
+    def _grow(
+        self, sequence: Sequence, token_ids: list[int], num_accepted: int, num_drafts: int, logits: Tensor | None
+    ) -> None:
+        """Emits a sequence's new tokens, accepted drafts first, and ends it where they do. No logits: unverified."""
+        request = sequence.request
+        token_ids, finish_reason = sequence.extend(token_ids)
+        num_accepted = min(num_accepted, len(token_ids))
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if request.num_logprobs is not None and logits is not None:
             logprobs = token_logprobs(logits[: len(token_ids)], token_ids, request.num_logprobs)
-        self._telemetry.emitted(sequence, len(token_ids), len(run.draft_token_ids), num_accepted)
+        self._telemetry.emitted(sequence, len(token_ids), 0 if logits is None else num_drafts, num_accepted)
         if finish_reason is not None:
             self._end(sequence, finish_reason)
         self._emit(
@@ -338,7 +379,7 @@ class TorchPrimary:
                 request_id=request.request_id,
                 token_ids=tuple(token_ids),
                 num_accepted_tokens=num_accepted,
-                num_draft_tokens=len(run.draft_token_ids),
+                num_draft_tokens=num_drafts,
                 logprobs=logprobs,
                 finish_reason=finish_reason,
             ),

@@ -7,7 +7,15 @@ import math
 import torch
 
 from tandem_serve.errors import InvalidRequest
-from tandem_serve.types import DrafterInfo, ExtendSequence, GenerationRequest, OpenSequence, SamplingParams
+from tandem_serve.types import (
+    DrafterInfo,
+    ExtendSequence,
+    GenerationRequest,
+    OpenSequence,
+    PolicyName,
+    SamplingParams,
+    StoppingRule,
+)
 
 MAX_REQUEST_ID_BYTES = 128  # sequence ids on the wire (drafting.proto)
 MAX_BLOCK_LENGTH = 64
@@ -46,13 +54,25 @@ def check_request(request: GenerationRequest, *, vocab_size: int, max_model_len:
             f"{len(prompt)} prompt tokens and max_tokens = {request.max_tokens} exceed {what} of {limit} tokens",
             field=field,
         )
-    if request.block_length is not None and not 0 <= request.block_length <= MAX_BLOCK_LENGTH:
-        raise InvalidRequest(
-            f"block_length = {request.block_length}: expected 0 to {MAX_BLOCK_LENGTH}", field="block_length"
-        )
+    _check_speculation(request)
     if request.num_logprobs is not None and not 0 <= request.num_logprobs <= vocab_size:
         raise InvalidRequest(f"num_logprobs = {request.num_logprobs}: expected 0 to {vocab_size}", field="num_logprobs")
     check_sampling(request.sampling)
+
+
+def _check_speculation(request: GenerationRequest) -> None:
+    is_standalone = request.mode.is_standalone
+    length, longest = request.block_length or 0, (1 << 31) - 1 if is_standalone else MAX_BLOCK_LENGTH
+    if not 0 <= length <= longest:
+        raise InvalidRequest(f"block_length = {length}: expected 0 to {longest}", field="block_length")
+    if is_standalone and request.policy not in (None, PolicyName.FIXED):
+        raise InvalidRequest(f"policy = {request.policy}: only fixed, where drafts are not verified", field="policy")
+    if is_standalone and request.num_logprobs is not None:
+        raise InvalidRequest("logprobs are the primary's; there are none of unverified drafts", field="num_logprobs")
+    if request.threshold is not None and not 0 <= request.threshold <= 1:
+        raise InvalidRequest(f"threshold = {request.threshold}: expected 0 to 1", field="threshold")
+    if request.threshold is not None and request.policy in (None, PolicyName.FIXED):
+        raise InvalidRequest("threshold needs a policy other than fixed", field="threshold")
 
 
 def check_open(command: OpenSequence) -> None:
@@ -64,9 +84,17 @@ def check_open(command: OpenSequence) -> None:
     check_sampling(command.sampling)
 
 
-def check_extend(command: ExtendSequence, info: DrafterInfo, num_received: int) -> None:
-    """Raises InvalidRequest where a drafter with num_received positions of the sequence cannot go on from there."""
-    num_tokens = len(command.token_ids)
+def check_extend(command: ExtendSequence, info: DrafterInfo, num_received: int, num_drafted: int) -> None:
+    """Raises InvalidRequest where a drafter cannot go on from there.
+
+    It has num_received positions of the sequence, and num_drafted more that it has run itself.
+    """
+    num_tokens, num_unverified = len(command.token_ids), command.num_unverified or 0
+    if not 0 <= num_unverified <= (0 if num_tokens else num_drafted):
+        raise InvalidRequest(
+            f"num_unverified = {num_unverified} behind {num_tokens} verified tokens: {num_drafted} have been drafted",
+            field="num_unverified",
+        )
     if command.start_position != num_received:
         raise InvalidRequest(
             f"start_position = {command.start_position}: expected {num_received}, positions have no gaps",
@@ -82,9 +110,19 @@ def check_extend(command: ExtendSequence, info: DrafterInfo, num_received: int) 
         raise InvalidRequest(
             f"block_length = {command.block_length}: expected 0 to {info.max_block_length}", field="block_length"
         )
-    if num_received + num_tokens + command.block_length > info.max_model_len:
+    if num_received + num_tokens + num_unverified + command.block_length > info.max_model_len:
         raise InvalidRequest(f"the sequence exceeds this drafter's {info.max_model_len} positions", field="token_ids")
+    if command.stopping is not None:
+        _check_stopping(command.stopping)
     _check_representations(command, info)
+
+
+def _check_stopping(rule: StoppingRule) -> None:
+    if rule.policy is PolicyName.FIXED:
+        raise InvalidRequest("stopping.policy = 'fixed' ends no block", field="stopping.policy")
+    for name, value in (("threshold", rule.threshold), ("keep_threshold", rule.keep_threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise InvalidRequest(f"stopping.{name} = {value}: expected 0 to 1", field=f"stopping.{name}")
 
 
 def _check_representations(command: ExtendSequence, info: DrafterInfo) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tandem_serve.errors import CheckpointError, ConfigError
+from tandem_serve.models.acceptance import ROUTER_FILE, AcceptanceModel, load_acceptance
 from tandem_serve.models.config import DecoderConfig
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.folder import eos_token_ids, load_tokenizer, read_json, resolve_folder, tokenizer_hash
@@ -32,6 +33,7 @@ from tandem_serve.types import DrafterInfo, PrimaryInfo
 __all__ = [  # with what else callers know a checkpoint by, from folder.py
     "DTYPES",
     "atomic_folder",
+    "drafter_acceptance",
     "drafter_info",
     "eos_token_ids",
     "fingerprint",
@@ -223,6 +225,15 @@ def drafter_info(
         max_block_length=max_block_length,
         max_model_len=_model_len(config, max_model_len),
     )
+
+
+def drafter_acceptance(path_or_hub_id: str | Path) -> AcceptanceModel | None:
+    """The acceptance model beside a drafter's weights, where `train router` has made one. Raises CheckpointError."""
+    folder = resolve_folder(path_or_hub_id)
+    if not (folder / ROUTER_FILE).is_file():
+        return None
+    width = DecoderConfig.from_hf(read_json(folder / "config.json")).hidden_size
+    return load_acceptance(folder, width, fingerprint(folder))
 
 
 def _tandem_config(hf: Mapping[str, Any]) -> TandemConfig | None:

@@ -12,7 +12,7 @@ from tandem_serve.errors import InvalidRequest
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import drafting_pb2
 from tandem_serve.rpc.convert_handshake import DrafterTerms
-from tandem_serve.rpc.convert_primary import MAX_BLOCK_LENGTH, fill_sampling, parse_sampling
+from tandem_serve.rpc.convert_primary import MAX_BLOCK_LENGTH, POLICIES, fill_sampling, parse_policy, parse_sampling
 from tandem_serve.rpc.convert_tensor import ELEMENT_BYTES, WIRE_DTYPES, WireDtype, decode_tensor, encode_tensor
 from tandem_serve.types import (
     CloseSequence,
@@ -22,7 +22,9 @@ from tandem_serve.types import (
     DraftEvent,
     ExtendSequence,
     OpenSequence,
+    PolicyName,
     SequenceRejected,
+    StoppingRule,
     credit_cost_bytes,
 )
 
@@ -54,6 +56,8 @@ def commands_request(commands: Sequence[DrafterCommand], dtype: WireDtype) -> dr
 def _fill_extend(command: ExtendSequence, out: drafting_pb2.ExtendSequence, dtype: WireDtype) -> None:
     out.sequence_id, out.incarnation, out.round = command.sequence_id, command.incarnation, command.round
     out.start_position, out.block_length = command.start_position, command.block_length
+    if command.num_unverified is not None:
+        out.num_unverified = command.num_unverified
     out.token_ids.extend(command.token_ids)
     if command.next_token_id is not None:
         out.next_token_id = command.next_token_id
@@ -61,6 +65,10 @@ def _fill_extend(command: ExtendSequence, out: drafting_pb2.ExtendSequence, dtyp
         out.traceparent = command.traceparent
     if command.representations is not None and command.token_ids:
         encode_tensor(command.representations, dtype, out.representations)
+    if (rule := command.stopping) is not None:
+        out.stopping.policy, out.stopping.keep_threshold = POLICIES[rule.policy], rule.keep_threshold
+        if rule.threshold is not None:
+            out.stopping.threshold = rule.threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +150,19 @@ def _parse_extend(body: drafting_pb2.ExtendSequence, terms: DrafterTerms, field:
         next_token_id=next_token_id,
         block_length=fields.integer(body.block_length, f"{field}.block_length", high=MAX_BLOCK_LENGTH),
         traceparent=fields.traceparent(body.traceparent),
+        stopping=_parse_stopping(body.stopping, f"{field}.stopping.") if body.HasField("stopping") else None,
+        num_unverified=fields.integer(body.num_unverified, f"{field}.num_unverified", high=fields.MAX_POSITION)
+        if body.HasField("num_unverified")
+        else None,
     )
+
+
+def _parse_stopping(message: drafting_pb2.StoppingRule, field: str) -> StoppingRule:
+    policy, threshold = parse_policy(message, field)
+    if policy in (None, PolicyName.FIXED):
+        raise InvalidRequest(f"{field}policy ends no block", field=f"{field}policy")
+    keep_threshold = fields.real(message.keep_threshold, f"{field}keep_threshold", low=0, high=1)
+    return StoppingRule(policy, threshold, keep_threshold)
 
 
 def _booked_bytes(body: _Body) -> int:

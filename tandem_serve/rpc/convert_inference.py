@@ -16,14 +16,18 @@ from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import inference_pb2
 from tandem_serve.rpc.convert_primary import (
     FINISH_REASONS,
-    MAX_BLOCK_LENGTH,
     MAX_STOP_TOKEN_IDS,
     MAX_VOCAB_SIZE,
+    MODES,
+    POLICIES,
     fill_logprobs,
+    parse_block_length,
     parse_finish_reason,
     parse_logprobs,
+    parse_mode,
+    parse_policy,
 )
-from tandem_serve.types import ModelCard, TextDelta, TextRequest, TextUsage
+from tandem_serve.types import DecodingMode, ModelCard, TextDelta, TextRequest, TextUsage
 
 MAX_TEXT_BYTES = 4 << 20  # of a prompt
 MAX_TEMPERATURE = 2.0
@@ -50,9 +54,9 @@ def parse_generate_request(message: inference_pb2.GenerateRequest) -> TextReques
     stop_ids = fields.token_ids(message.stop_token_ids, "stop_token_ids", vocab_size=MAX_VOCAB_SIZE)
     fields.integer(len(stop_ids), "the number of stop_token_ids", high=MAX_STOP_TOKEN_IDS)
     logprobs: int | None = given("logprobs", None)
-    block_length: int | None = given("block_length", None)
     fields.integer(logprobs or 0, "logprobs", high=MAX_LOGPROBS)
-    fields.integer(block_length or 0, "block_length", high=MAX_BLOCK_LENGTH)
+    policy, threshold = parse_policy(message.speculation, "speculation.")
+    mode = parse_mode(message.speculation.mode, "speculation.")
     temperature = given("temperature", DEFAULTS.temperature)
     return TextRequest(
         request_id=f"gen-{secrets.token_hex(12)}",
@@ -70,8 +74,20 @@ def parse_generate_request(message: inference_pb2.GenerateRequest) -> TextReques
         stop_token_ids=stop_ids,
         ignore_eos=message.ignore_eos,
         logprobs=logprobs,
-        block_length=block_length,
+        block_length=_parse_block_length(message, mode),
+        policy=policy,
+        threshold=threshold,
+        mode=mode,
     )
+
+
+def _parse_block_length(message: inference_pb2.GenerateRequest, mode: DecodingMode) -> int | None:
+    inner, outer = message.speculation.HasField("block_length"), message.HasField("block_length")
+    if inner and outer:
+        raise InvalidRequest("block_length is given twice", field="speculation.block_length")
+    if inner:
+        return parse_block_length(message.speculation.block_length, mode, "speculation.block_length")
+    return parse_block_length(message.block_length, mode, "block_length") if outer else None
 
 
 def with_metadata(request: TextRequest, metadata: Iterable[Any]) -> TextRequest:
@@ -95,6 +111,12 @@ def _parse_prompt(message: inference_pb2.GenerateRequest) -> str | tuple[int, ..
 def generate_request(request: TextRequest) -> inference_pb2.GenerateRequest:
     """request_id does not travel: the server makes its own."""
     prompt = request.prompt
+    speculation = inference_pb2.Speculation(
+        block_length=request.block_length,
+        policy=POLICIES[request.policy] if request.policy else None,
+        threshold=request.threshold,
+        mode=MODES[request.mode],
+    )
     return inference_pb2.GenerateRequest(
         model=request.model,
         text=prompt if isinstance(prompt, str) else None,
@@ -110,7 +132,7 @@ def generate_request(request: TextRequest) -> inference_pb2.GenerateRequest:
         stop_token_ids=request.stop_token_ids,
         ignore_eos=request.ignore_eos,
         logprobs=request.logprobs,
-        block_length=request.block_length,
+        speculation=speculation,
     )
 
 

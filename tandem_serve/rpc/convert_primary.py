@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from tandem_serve.errors import InvalidRequest
 from tandem_serve.rpc import fields
-from tandem_serve.rpc._gen.tandem.v1 import control_pb2, drafting_pb2
+from tandem_serve.rpc._gen.tandem.v1 import control_pb2, drafting_pb2, inference_pb2
 from tandem_serve.types import (
+    DecodingMode,
     FinishReason,
     GenerationRequest,
     GenerationStep,
+    PolicyName,
     PrimaryInfo,
     PrimaryStatus,
     SamplingParams,
@@ -35,6 +37,20 @@ FINISH_REASONS = {
     FinishReason.ABORT: control_pb2.FINISH_REASON_ABORT,
 }
 _REASONS: dict[int, FinishReason] = {number: reason for reason, number in FINISH_REASONS.items()}
+POLICIES = {
+    PolicyName.FIXED: drafting_pb2.BLOCK_POLICY_FIXED,
+    PolicyName.ENTROPY: drafting_pb2.BLOCK_POLICY_ENTROPY,
+    PolicyName.ROUTER: drafting_pb2.BLOCK_POLICY_ROUTER,
+    PolicyName.OPTIMAL: drafting_pb2.BLOCK_POLICY_OPTIMAL,
+}
+MODES = {
+    DecodingMode.PLAIN: control_pb2.DECODING_MODE_PLAIN,
+    DecodingMode.SPECULATIVE: control_pb2.DECODING_MODE_SPECULATIVE,
+    DecodingMode.TANDEM: control_pb2.DECODING_MODE_TANDEM,
+    DecodingMode.TANDEM_REPRESENTATIONS: control_pb2.DECODING_MODE_TANDEM_REPRESENTATIONS,
+}
+_MODE_NAMES: dict[int, DecodingMode] = {number: mode for mode, number in MODES.items()}
+_POLICY_NAMES: dict[int, PolicyName] = {number: name for name, number in POLICIES.items()}
 _LINK_STATES = {
     "connecting": control_pb2.LINK_STATE_CONNECTING,
     "ready": control_pb2.LINK_STATE_READY,
@@ -118,6 +134,34 @@ def parse_finish_reason(number: int) -> FinishReason | None:
     return _REASONS[number]
 
 
+def parse_policy(
+    message: control_pb2.GenerateTokensRequest | inference_pb2.Speculation | drafting_pb2.StoppingRule, field: str = ""
+) -> tuple[PolicyName | None, float | None]:
+    """policy and threshold of a message; `field` is where it lies, with a dot behind it."""
+    number = int(message.policy)
+    if number and number not in _POLICY_NAMES:
+        raise InvalidRequest(f"{field}policy {number} is unknown", field=f"{field}policy")
+    policy = _POLICY_NAMES.get(number)
+    if not message.HasField("threshold"):
+        return policy, None
+    if policy in (None, PolicyName.FIXED):
+        raise InvalidRequest(f"{field}threshold needs a policy other than fixed", field=f"{field}threshold")
+    return policy, fields.real(message.threshold, f"{field}threshold", low=0, high=1)
+
+
+def parse_mode(number: int, field: str = "") -> DecodingMode:
+    if number == control_pb2.DECODING_MODE_UNSPECIFIED:
+        return DecodingMode.SPECULATIVE
+    if number not in _MODE_NAMES:
+        raise InvalidRequest(f"{field}mode {number} is unknown", field=f"{field}mode")
+    return _MODE_NAMES[number]
+
+
+def parse_block_length(value: int, mode: DecodingMode, field: str) -> int:
+    """Drafts a round are limited; drafts that nobody verifies are not."""
+    return fields.integer(value, field, high=fields.MAX_POSITION if mode.is_standalone else MAX_BLOCK_LENGTH)
+
+
 # ------------------------------------------------------------------ generation
 
 
@@ -131,6 +175,9 @@ def generate_tokens_request(request: GenerationRequest) -> control_pb2.GenerateT
         block_length=request.block_length,
         drafter_address=request.drafter_address or "",
         traceparent=request.traceparent or "",
+        policy=POLICIES[request.policy] if request.policy else None,
+        threshold=request.threshold,
+        mode=MODES[request.mode],
     )
     fill_sampling(request.sampling, message.sampling)
     return message
@@ -140,12 +187,14 @@ def parse_generate_tokens_request(message: control_pb2.GenerateTokensRequest, vo
     """Raises InvalidRequest naming the field. Lengths against the model's are the engine's business."""
     stop = fields.token_ids(message.stop_token_ids, "stop_token_ids", vocab_size=vocab_size)
     fields.integer(len(stop), "the number of stop_token_ids", high=MAX_STOP_TOKEN_IDS)
-    optional = {
-        name: getattr(message, name) if message.HasField(name) else None for name in ("num_logprobs", "block_length")
-    }
-    for name, high in (("num_logprobs", MAX_LOGPROBS), ("block_length", MAX_BLOCK_LENGTH)):
-        fields.integer(optional[name] or 0, name, high=high)
+    mode = parse_mode(message.mode)
+    num_logprobs = block_length = None
+    if message.HasField("num_logprobs"):
+        num_logprobs = fields.integer(message.num_logprobs, "num_logprobs", high=MAX_LOGPROBS)
+    if message.HasField("block_length"):
+        block_length = parse_block_length(message.block_length, mode, "block_length")
     address = fields.text(message.drafter_address, "drafter_address", max_bytes=fields.MAX_NAME_BYTES, required=False)
+    policy, threshold = parse_policy(message)
     return GenerationRequest(
         request_id=fields.text(message.request_id, "request_id", max_bytes=fields.MAX_ID_BYTES),
         prompt_token_ids=fields.token_ids(
@@ -154,10 +203,13 @@ def parse_generate_tokens_request(message: control_pb2.GenerateTokensRequest, vo
         sampling=parse_sampling(message.sampling, "sampling"),
         max_tokens=fields.integer(message.max_tokens, "max_tokens", low=1, high=fields.MAX_POSITION),
         stop_token_ids=stop,
-        num_logprobs=optional["num_logprobs"],
-        block_length=optional["block_length"],
+        num_logprobs=num_logprobs,
+        block_length=block_length,
         drafter_address=address or None,
         traceparent=fields.traceparent(message.traceparent),
+        policy=policy,
+        threshold=threshold,
+        mode=mode,
     )
 
 

@@ -126,6 +126,9 @@ class TextCompletion:
                 num_logprobs=request.logprobs,
                 block_length=request.block_length,
                 traceparent=request.traceparent,
+                policy=request.policy,
+                threshold=request.threshold,
+                mode=request.mode,
             )
             for index in range(request.n)
         ]

@@ -197,8 +197,8 @@ class _Endpoints:
             stop_token_ids=tuple(body.stop_token_ids or ()),
             ignore_eos=body.ignore_eos,
             logprobs=logprobs,
-            block_length=body.block_length,
             traceparent=traceparent,
+            **body.speculating(),
         )
 
     async def _respond(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tandem_serve.serving.openai_errors import ApiError
 from tandem_serve.serving.validation import INT64_MAX, INT64_MIN, MAX_BLOCK_LENGTH
+from tandem_serve.types import DecodingMode, PolicyName
 
 # Parameters that clients send by default, with the values under which they change nothing. None always is one.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -45,6 +46,8 @@ _WITHOUT_EFFECT = {
     "safety_identifier",
     "user",
 }
+_INT32_MAX = (1 << 31) - 1  # what the wire carries
+_STANDALONE = ("tandem", "tandem-representations")
 _UNSUPPORTED = {"audio", "moderation", "prediction", "verbosity", "web_search_options"}
 
 Body = TypeVar("Body", bound="GenerationBody")
@@ -57,6 +60,15 @@ class _Strict(BaseModel):
 class StreamOptions(_Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # a client's default; nothing is obfuscated here
+
+
+class SpeculationBody(_Strict):
+    """Ours: how drafts are made. Changes the speed, never the text, but for the two tandem modes."""
+
+    block_length: int | None = Field(None, ge=0, le=_INT32_MAX)  # drafts a round, at most; 0 is plain decoding
+    mode: Literal["plain", "speculative", "tandem", "tandem-representations"] | None = None
+    policy: Literal["fixed", "entropy", "router", "optimal"] | None = None
+    threshold: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
 
 
 def _one_or_many(value: Any) -> Any:
@@ -86,12 +98,36 @@ class GenerationBody(_Strict):
     ignore_eos: Flag = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    block_length: int | None = Field(None, ge=0, le=MAX_BLOCK_LENGTH)  # ours: drafts a round
+    block_length: int | None = Field(None, ge=0, le=MAX_BLOCK_LENGTH)  # the same as speculation.block_length
+    speculation: SpeculationBody | None = None
     return_token_ids: Flag = False  # vLLM's; here also how many of them were drafts
+
+    def speculating(self) -> dict[str, Any]:
+        """A TextRequest's fields that say how drafts are made. Raises ApiError where they contradict each other."""
+        asked = self.speculation or SpeculationBody()
+        if asked.block_length is not None and self.block_length is not None:
+            raise _contradiction("block_length", "is given twice")
+        if asked.threshold is not None and asked.policy in (None, "fixed"):
+            raise _contradiction("threshold", "needs a policy other than fixed")
+        if (asked.block_length or 0) > MAX_BLOCK_LENGTH and asked.mode not in _STANDALONE:
+            raise _contradiction("block_length", f"is at most {MAX_BLOCK_LENGTH} where drafts are verified")
+        if asked.policy not in (None, "fixed") and asked.mode in _STANDALONE:
+            raise _contradiction("policy", "can only be fixed where drafts are not verified")
+        return {
+            "block_length": self.block_length if asked.block_length is None else asked.block_length,
+            "policy": PolicyName(asked.policy) if asked.policy else None,
+            "threshold": asked.threshold,
+            "mode": DecodingMode(asked.mode or "speculative"),
+        }
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+def _contradiction(name: str, what: str) -> ApiError:
+    param = f"speculation.{name}"
+    return ApiError(400, f"{param} {what}", param=param, code="invalid_value")
 
 
 class CompletionBody(GenerationBody):

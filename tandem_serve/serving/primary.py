@@ -9,33 +9,19 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from tandem_serve.config import PrimaryEngineConfig, VllmEngineConfig
-from tandem_serve.decoding.block_policy import FixedBlockLength
 from tandem_serve.decoding.goodput import MeasuredBlockLength
+from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.rpc.drafting_client import GrpcLinkFactory
 from tandem_serve.serving.engines import build_primary
-from tandem_serve.serving.validation import MAX_BLOCK_LENGTH
 from tandem_serve.tracing import SpanSink, discard
 from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
 
-class AdjustableBlockLength:
-    """A BlockPolicy whose default can be changed while it is in use."""
-
-    def __init__(self, default: int) -> None:
-        self.set_default(default)
-
-    def set_default(self, default: int) -> None:
-        self._policy = FixedBlockLength(default, MAX_BLOCK_LENGTH)
-
-    def block_length(self, requested: int | None, num_requests_running: int) -> int:
-        return self._policy.block_length(requested, num_requests_running)
-
-
-def _block_policy(config: PrimaryEngineConfig | VllmEngineConfig) -> AdjustableBlockLength | MeasuredBlockLength:
+def _block_policy(config: PrimaryEngineConfig | VllmEngineConfig) -> RequestedPolicy | MeasuredBlockLength:
     if isinstance(config, VllmEngineConfig):
         return MeasuredBlockLength(config.block_length, config.longest_block_length, adapts=config.adapts)
-    return AdjustableBlockLength(config.block_length)
+    return RequestedPolicy(config.block_length, config.policy)
 
 
 class PrimaryReplica:
@@ -54,13 +40,13 @@ class PrimaryReplica:
     ) -> None:
         """Loads the model and starts the engine. Raises CheckpointError."""
         torch.set_num_threads(num_threads)
-        self._block_length = _block_policy(config)
+        self._policy = _block_policy(config)
         self.registry = CollectorRegistry()
         self._primary = build_primary(
             model,
             config,
             link_factory=GrpcLinkFactory(),
-            policy=self._block_length,
+            policy=self._policy,
             metrics=PrimaryMetrics(self.registry),
             spans=spans,
         )
@@ -85,7 +71,7 @@ class PrimaryReplica:
 
     def set_block_length(self, default: int) -> None:
         """Drafts a round where a request does not say."""
-        self._block_length.set_default(default)
+        self._policy.set_default(default)
 
     async def close(self, drain_timeout_s: float) -> None:
         """Takes nothing new, gives what runs the time to finish, aborts the rest."""

@@ -27,7 +27,11 @@ def check_text_request(request: TextRequest, limits: RouterLimits) -> None:
     _check_range("seed", request.seed, INT64_MIN, INT64_MAX)
     _check_range("n", request.n, 1, limits.max_n)
     _check_range("logprobs", request.logprobs, 0, limits.max_logprobs)
-    _check_range("block_length", request.block_length, 0, MAX_BLOCK_LENGTH)
+    if not request.mode.is_standalone:
+        _check_range("block_length", request.block_length, 0, MAX_BLOCK_LENGTH)
+    elif request.logprobs is not None:
+        raise _out_of_range("logprobs", request.logprobs, "none where drafts are not verified: they are the primary's")
+    _check_range("threshold", request.threshold, 0, 1)
     _check_stop(request.stop, limits)
     if len(request.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         count = len(request.stop_token_ids)

@@ -19,7 +19,7 @@ PUBLIC_NAMES = {
     "tandem_serve.errors": (
         "CheckpointError ConfigError InvalidRequest ModelMismatch Overloaded RequestAborted TandemError Unavailable"
     ),
-    "tandem_serve.decoding.block_policy": "BlockPolicy FixedBlockLength",
+    "tandem_serve.decoding.block_policy": "BlockPlan BlockPolicy LearningPolicy",
     "tandem_serve.decoding.sampling": "Choice SamplingRows choose_token_ids filtered_scores gumbel_noise",
     "tandem_serve.decoding.stopping": "StopStrings",
     "tandem_serve.decoding.verify": "Verdict accept_prefix",

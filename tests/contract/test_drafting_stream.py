@@ -373,6 +373,9 @@ def test_credit_spent_on_malformed_commands_comes_back(drafter: ScriptedDrafter,
 # ------------------------------------------------------------------ faults
 
 
+WITHOUT_KEEPING = drafting_pb2.StoppingRule(policy=drafting_pb2.BLOCK_POLICY_ENTROPY, keep_threshold=-1)
+
+
 def faulty_extends() -> list[tuple[str, drafting_pb2.DraftRequest]]:
     """Each wrong in one field, which is named."""
 
@@ -387,6 +390,10 @@ def faulty_extends() -> list[tuple[str, drafting_pb2.DraftRequest]]:
         broken("token_ids", lambda m: m.token_ids.append(100)),
         broken("next_token_id", lambda m: setattr(m, "next_token_id", 100)),
         broken("block_length", lambda m: setattr(m, "block_length", 65)),
+        broken("stopping.policy", lambda m: setattr(m.stopping, "keep_threshold", 0.5)),
+        broken("stopping.threshold", lambda m: m.stopping.MergeFrom(drafting_pb2.StoppingRule(policy=2, threshold=2))),
+        broken("stopping.keep_threshold", lambda m: m.stopping.MergeFrom(WITHOUT_KEEPING)),
+        broken("num_unverified", lambda m: setattr(m, "num_unverified", 1 << 31)),
         broken("start_position", lambda m: setattr(m, "start_position", (1 << 31) - 1)),
         broken("representations", lambda m: m.ClearField("representations")),
         broken("representations", lambda m: m.ClearField("token_ids")),

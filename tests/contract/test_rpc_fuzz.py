@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,7 +23,15 @@ from tandem_serve.rpc.drafting_client import DRAFT_METHOD, GrpcDrafterLink
 from tandem_serve.rpc.drafting_server import DraftingServer
 from tandem_serve.rpc.inference_server import InferenceServer
 from tandem_serve.rpc.primary_server import PrimaryServer
-from tandem_serve.types import CloseSequence, DraftBlock, DrafterCommand, GenerationRequest, SamplingParams
+from tandem_serve.types import (
+    CloseSequence,
+    DraftBlock,
+    DrafterCommand,
+    GenerationRequest,
+    PolicyName,
+    SamplingParams,
+    StoppingRule,
+)
 from tests.engines import make_drafter_engine, tiny_drafter, tiny_primary
 from tests.link_driver import Wake, events, ready
 from tests.mutations import mutated
@@ -44,6 +53,8 @@ COMMANDS = commands_request(
         extended("a", drafter=DRAFTER),
         opened("b"),
         extended("b", next_token_id=None, drafter=DRAFTER),
+        opened("c"),
+        replace(extended("c", drafter=DRAFTER), stopping=StoppingRule(PolicyName.OPTIMAL, 0.5, 0.25)),
         CloseSequence("b", 1),
     ],
     "bf16",
@@ -52,10 +63,10 @@ PROBE: list[DrafterCommand] = [opened("probe"), extended("probe", drafter=DRAFTE
 END_OF_PROBE = CloseSequence("probe", 1)
 GENERATE = inference_pb2.GenerateRequest(
     model="demo", text="def", max_tokens=3, temperature=0.5, top_p=0.9, seed=1, n=2, stop=["x"], stop_token_ids=[5],
-    logprobs=2, block_length=4,
+    logprobs=2, speculation=inference_pb2.Speculation(block_length=4, policy=2, threshold=0.5),
 )  # fmt: skip
 GENERATE_TOKENS = generate_tokens_request(
-    GenerationRequest("r", (1, 2, 3), SamplingParams(seed=5), 3, (7,), num_logprobs=2, block_length=4)
+    GenerationRequest("r", (1, 2, 3), SamplingParams(seed=5), 3, (7,), 2, 4, policy=PolicyName.ROUTER, threshold=0.5)
 )
 
 

@@ -17,8 +17,10 @@ from tandem_serve.types import (
     DrafterCommand,
     ExtendSequence,
     OpenSequence,
+    PolicyName,
     SamplingParams,
     SequenceRejected,
+    StoppingRule,
 )
 from tests.checkpoints import VOCAB_SIZE
 from tests.drafter_peer import (
@@ -56,6 +58,13 @@ MALFORMED: dict[str, DrafterCommand] = {
     "next token negative": replace(_GOOD, next_token_id=-1),
     "block too long": replace(_GOOD, block_length=17),
     "block of negative length": replace(_GOOD, block_length=-1),
+    "behind drafts that were never made": replace(
+        _GOOD, token_ids=(), representations=None, start_position=0, num_unverified=1
+    ),
+    "behind verified tokens and drafts": replace(_GOOD, num_unverified=1),
+    "a negative number of drafts": replace(_GOOD, num_unverified=-1),
+    "a rule of no policy": replace(_GOOD, stopping=StoppingRule(PolicyName.FIXED)),
+    "a threshold that is no share": replace(_GOOD, stopping=StoppingRule(PolicyName.ROUTER, float("nan"))),
     "token ids of another type": replace(_GOOD, token_ids=("a",) * 10),  # type: ignore[arg-type]
     "no token ids": replace(_GOOD, token_ids=None),  # type: ignore[arg-type]
     "opened twice": opening(),

@@ -17,7 +17,7 @@ from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
 from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.engine.torch_primary import TorchPrimary
 from tandem_serve.models.decoder import causal_attention
-from tandem_serve.types import ExtendSequence, FinishReason, GenerationRequest, SamplingParams
+from tandem_serve.types import ExtendSequence, FinishReason, GenerationRequest, PolicyName, SamplingParams
 from tests.checkpoints import CONFIG, VOCAB_SIZE
 from tests.engines import (
     FAMILIES,
@@ -89,6 +89,10 @@ def test_any_batch_block_lengths_and_chunks_are_lossless(data: st.DataObject) ->
                 data.draw(st.integers(1, 20), "max_tokens"),
                 replace(sampling, seed=data.draw(st.integers(-(2**63), 2**63 - 1), "seed")),
                 block_length=data.draw(st.one_of(st.none(), st.integers(0, 8)), "block_length"),
+                policy=(policy := data.draw(st.one_of(st.none(), st.sampled_from(PolicyName)), "policy")),
+                threshold=None
+                if policy in (None, PolicyName.FIXED)
+                else data.draw(st.one_of(st.none(), st.floats(0, 1)), "threshold"),
             )
         )
     config = PrimaryEngineConfig(
@@ -98,6 +102,24 @@ def test_any_batch_block_lengths_and_chunks_are_lossless(data: st.DataObject) ->
     )
     outputs = generate(local_engine(data.draw(st.sampled_from(["tandem", "plain", "last"])), config), requests)
     assert {name: output.token_ids for name, output in outputs.items()} == plain_texts(requests)
+
+
+@pytest.mark.parametrize("policy", [p for p in PolicyName if p is not PolicyName.FIXED])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_adaptive_policies_are_lossless_and_end_blocks_early(policy: PolicyName, sampling: SamplingParams) -> None:
+    """Eight sequences of one batch, each with a threshold of its own."""
+    requests = [
+        a_request(f"r{i}", range(3, 12 + i), 40, replace(sampling, seed=i), policy=policy, threshold=i / 8)
+        for i in range(8)
+    ]
+    outputs = generate(local_engine("tandem"), requests)
+    assert {name: output.token_ids for name, output in outputs.items()} == plain_texts(requests)
+    mean_lengths = [
+        output.num_draft_tokens / sum(step.num_draft_tokens > 0 for step in output.steps) for output in outputs.values()
+    ]
+    assert mean_lengths[0] > 10  # nothing ends a block but its greatest length, 16
+    assert mean_lengths[-1] < 4
+    assert all(output.num_accepted_tokens > 5 for output in outputs.values())
 
 
 @cache

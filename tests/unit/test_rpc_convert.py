@@ -41,15 +41,18 @@ from tandem_serve.rpc.convert_tensor import WireDtype, decode_tensor, encode_ten
 from tandem_serve.types import (
     CloseSequence,
     CreditGranted,
+    DecodingMode,
     DraftBlock,
     ExtendSequence,
     FinishReason,
     GenerationRequest,
     GenerationStep,
     ModelCard,
+    PolicyName,
     PrimaryStatus,
     SamplingParams,
     SequenceRejected,
+    StoppingRule,
     TextDelta,
     TextRequest,
     TextUsage,
@@ -176,12 +179,34 @@ def test_a_drafter_hello_is_checked_field_by_field(field: str, value: Any) -> No
     assert caught.value.field == f"hello.{field}"
 
 
-@given(samplings, ids, st.one_of(st.none(), st.integers(0, 99)), st.integers(0, 64), st.integers(1, 1 << 30))
+ADAPTIVE = st.sampled_from([policy for policy in PolicyName if policy is not PolicyName.FIXED])
+shares = st.floats(0, 1)
+stopping_rules = st.builds(StoppingRule, ADAPTIVE, st.one_of(st.none(), shares), shares)
+
+
+@given(
+    samplings,
+    ids,
+    st.one_of(st.none(), st.integers(0, 99)),
+    st.integers(0, 64),
+    st.integers(1, 1 << 30),
+    st.one_of(st.none(), stopping_rules),
+)
 def test_commands_survive_the_wire(
-    sampling: SamplingParams, token_ids: tuple[int, ...], next_id: int | None, length: int, number: int
+    sampling: SamplingParams,
+    token_ids: tuple[int, ...],
+    next_id: int | None,
+    length: int,
+    number: int,
+    rule: StoppingRule | None,
 ) -> None:
     open_ = replace(opened(incarnation=number), sampling=sampling)
-    extend = replace(extended("ä", number, number, number, token_ids, next_id), block_length=length)
+    extend = replace(
+        extended("ä", number, number, number, token_ids, next_id),
+        block_length=length,
+        stopping=rule,
+        num_unverified=length,
+    )
     close = CloseSequence("c", number)
     sent = [open_, extend, close]
     data = commands_request(sent, "bf16").SerializeToString()
@@ -224,11 +249,31 @@ def test_drafts_are_checked_too(block: dict[str, Any]) -> None:
 # ------------------------------------------------------------------ the primary's service
 
 
-@given(samplings, ids.filter(bool), ids, st.one_of(st.none(), st.integers(0, 20)), st.one_of(st.none(), st.just("h:1")))
+policies = st.one_of(
+    st.sampled_from([(None, None), (PolicyName.FIXED, None)]), st.tuples(ADAPTIVE, st.one_of(st.none(), shares))
+)
+
+
+@given(
+    samplings,
+    ids.filter(bool),
+    ids,
+    st.one_of(st.none(), st.integers(0, 20)),
+    st.one_of(st.none(), st.just("h:1")),
+    policies,
+    st.sampled_from(DecodingMode),
+)
 def test_a_generation_request_survives_the_wire(
-    sampling: SamplingParams, prompt: tuple[int, ...], stop: tuple[int, ...], number: int | None, address: str | None
+    sampling: SamplingParams,
+    prompt: tuple[int, ...],
+    stop: tuple[int, ...],
+    number: int | None,
+    address: str | None,
+    policy: tuple[PolicyName | None, float | None],
+    mode: DecodingMode,
 ) -> None:
     request = GenerationRequest("r", prompt, sampling, 7, stop, number, number, address)
+    request = replace(request, policy=policy[0], threshold=policy[1], mode=mode)
     data = generate_tokens_request(request).SerializeToString()
     message = fields.parse(control_pb2.GenerateTokensRequest, data)
     assert parse_generate_tokens_request(message, vocab_size=100) == request
@@ -246,6 +291,8 @@ def test_a_generation_request_survives_the_wire(
         ({"max_tokens": 0}, "max_tokens"),
         ({"num_logprobs": 1025}, "num_logprobs"),
         ({"block_length": 65}, "block_length"),
+        ({"threshold": 0.5}, "threshold"),
+        ({"policy": PolicyName.ROUTER, "threshold": 1.5}, "threshold"),
         ({"sampling": SamplingParams(temperature=-1)}, "sampling.temperature"),
         ({"sampling": SamplingParams(top_p=0)}, "sampling.top_p"),
         ({"sampling": SamplingParams(min_p=1)}, "sampling.min_p"),
@@ -299,8 +346,9 @@ text_requests = st.builds(
 )
 
 
-@given(text_requests)
-def test_a_text_request_survives_the_wire_but_for_its_id(request: TextRequest) -> None:
+@given(text_requests, policies, st.sampled_from(DecodingMode))
+def test_a_text_request_survives_the_wire_but_for_its_id(request: TextRequest, policy: Any, mode: DecodingMode) -> None:
+    request = replace(request, policy=policy[0], threshold=policy[1], mode=mode)
     message = fields.parse(inference_pb2.GenerateRequest, generate_request(request).SerializeToString())
     got = parse_generate_request(message)
     assert replace(got, request_id="r") == request
@@ -331,13 +379,39 @@ def test_what_a_client_leaves_out_has_openai_s_defaults() -> None:
         ({"stop": ("a",) * 17}, "the number of stop strings"),
         ({"stop_token_ids": (1,) * 1025}, "the number of stop_token_ids"),
         ({"logprobs": 101}, "logprobs"),
-        ({"block_length": 65}, "block_length"),
+        ({"block_length": 65}, "speculation.block_length"),
+        ({"threshold": 0.5}, "speculation.threshold"),
+        ({"policy": PolicyName.FIXED, "threshold": 0.5}, "speculation.threshold"),
+        ({"policy": PolicyName.ENTROPY, "threshold": float("nan")}, "speculation.threshold"),
     ],
 )
 def test_a_text_request_is_checked_field_by_field(change: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_generate_request(generate_request(replace(REQUEST, **change)))
     assert caught.value.field == field
+
+
+def test_a_block_length_may_stand_inside_or_outside_of_speculation_but_not_both() -> None:
+    message = inference_pb2.GenerateRequest(text="x", block_length=3)
+    assert parse_generate_request(message).block_length == 3
+    message.speculation.block_length = 3
+    with pytest.raises(InvalidRequest, match="twice"):
+        parse_generate_request(message)
+
+
+@pytest.mark.parametrize("field", ["policy", "mode"])
+def test_an_unknown_policy_or_mode_is_named(field: str) -> None:
+    message = inference_pb2.GenerateRequest(text="x", speculation={field: 9})
+    with pytest.raises(InvalidRequest) as caught:
+        parse_generate_request(message)
+    assert caught.value.field == f"speculation.{field}"
+
+
+def test_blocks_that_nobody_verifies_may_be_as_long_as_they_like() -> None:
+    long = replace(REQUEST, block_length=1000, mode=DecodingMode.TANDEM)
+    assert parse_generate_request(generate_request(long)).block_length == 1000
+    with pytest.raises(InvalidRequest):
+        parse_generate_request(generate_request(replace(long, mode=DecodingMode.SPECULATIVE)))
 
 
 def test_a_prompt_is_needed() -> None:

@@ -22,6 +22,7 @@ from tandem_serve.serving.observed import ObservedTextService
 from tandem_serve.serving.openai_api import FrontEnd, create_app
 from tandem_serve.serving.router import PairingRouter
 from tandem_serve.serving.tracing import Tracing
+from tandem_serve.types import DecodingMode, PolicyName
 from tests.checkpoints import END_OF_TEXT_ID, make_tokenizer
 from tests.unit.scripted_primary import ScriptedPrimary
 
@@ -149,8 +150,20 @@ async def test_parameters_reach_the_primary(client: httpx.AsyncClient, primary: 
     sampling = first.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
     assert (sampling.min_p, sampling.seed, first.block_length) == (0.1, -3, 2)
+    assert (first.policy, first.threshold) == (None, None)
     assert (first.max_tokens, first.stop_token_ids) == (9, (END_OF_TEXT_ID, 5))
     assert (second.stop_token_ids, second.sampling.top_k, second.sampling.temperature) == ((), 0, 1.0)
+
+
+async def test_how_drafts_are_made_reaches_the_primary(client: httpx.AsyncClient, primary: ScriptedPrimary) -> None:
+    await complete(client, speculation={"block_length": 7, "policy": "entropy", "threshold": 0.25})
+    await complete(client, speculation={"block_length": 700, "mode": "tandem-representations"})
+    await complete(client, speculation={"mode": "plain"})
+    adaptive, standalone, plain = primary.requests
+    assert (adaptive.block_length, adaptive.policy, adaptive.threshold) == (7, PolicyName.ENTROPY, 0.25)
+    assert adaptive.mode is DecodingMode.SPECULATIVE
+    assert (standalone.block_length, standalone.mode) == (700, DecodingMode.TANDEM_REPRESENTATIONS)
+    assert plain.mode is DecodingMode.PLAIN
 
 
 async def test_null_is_the_same_as_absent(client: httpx.AsyncClient) -> None:
@@ -324,6 +337,17 @@ async def test_neutral_values_of_what_is_not_supported_are_taken(client: httpx.A
         ({"stop": ["x" * 300]}, "stop[0]"),
         ({"stop_token_ids": [288]}, "stop_token_ids[0]"),
         ({"block_length": 65}, "block_length"),
+        ({"speculation": {"block_length": 65}}, "speculation.block_length"),
+        ({"speculation": {"block_length": 3}, "block_length": 3}, "speculation.block_length"),
+        ({"speculation": {"policy": "psychic"}}, "speculation.policy"),
+        ({"speculation": {"policy": "router", "threshold": 1.5}}, "speculation.threshold"),
+        ({"speculation": {"threshold": 0.5}}, "speculation.threshold"),
+        ({"speculation": {"policy": "fixed", "threshold": 0.5}}, "speculation.threshold"),
+        ({"speculation": {"luck": 1}}, "speculation.luck"),
+        ({"speculation": {"mode": "telepathic"}}, "speculation.mode"),
+        ({"speculation": {"mode": "tandem", "policy": "router"}}, "speculation.policy"),
+        ({"speculation": {"mode": "tandem"}, "logprobs": 1}, "logprobs"),
+        ({"speculation": 4}, "speculation"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),

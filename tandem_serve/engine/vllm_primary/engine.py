@@ -86,13 +86,18 @@ class VllmPrimary:
     # -------------------------------------------------------------- any thread
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
-        """Queues a request; `sink` gets its steps, on the engine's thread. Raises as TorchPrimary.submit."""
+        """Queues a request; `sink` gets its steps, on the engine's thread. Raises as TorchPrimary.submit.
+
+        There is no standalone tandem: vLLM verifies every draft.
+        """
         check_request(
             request,
             vocab_size=self.info.vocab_size,
             max_model_len=self.info.max_model_len,
             kv_cache_tokens=self._kv_cache_tokens,
         )
+        if request.mode.is_standalone:
+            raise InvalidRequest(f"mode = {request.mode}: vLLM's engine verifies every draft", field="mode")
         arrived_at_s = self._clock()
         with self._lock:
             if self._is_closed:

@@ -8,6 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class DecodingMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DECODING_MODE_UNSPECIFIED: _ClassVar[DecodingMode]
+    DECODING_MODE_PLAIN: _ClassVar[DecodingMode]
+    DECODING_MODE_SPECULATIVE: _ClassVar[DecodingMode]
+    DECODING_MODE_TANDEM: _ClassVar[DecodingMode]
+    DECODING_MODE_TANDEM_REPRESENTATIONS: _ClassVar[DecodingMode]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -22,6 +30,11 @@ class LinkState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LINK_STATE_READY: _ClassVar[LinkState]
     LINK_STATE_REFUSED: _ClassVar[LinkState]
     LINK_STATE_CLOSED: _ClassVar[LinkState]
+DECODING_MODE_UNSPECIFIED: DecodingMode
+DECODING_MODE_PLAIN: DecodingMode
+DECODING_MODE_SPECULATIVE: DecodingMode
+DECODING_MODE_TANDEM: DecodingMode
+DECODING_MODE_TANDEM_REPRESENTATIONS: DecodingMode
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -33,7 +46,7 @@ LINK_STATE_REFUSED: LinkState
 LINK_STATE_CLOSED: LinkState
 
 class GenerateTokensRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "max_tokens", "stop_token_ids", "num_logprobs", "block_length", "drafter_address", "traceparent")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "max_tokens", "stop_token_ids", "num_logprobs", "block_length", "drafter_address", "traceparent", "policy", "threshold", "mode")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +56,9 @@ class GenerateTokensRequest(_message.Message):
     BLOCK_LENGTH_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _drafting_pb2.Sampling
@@ -52,7 +68,10 @@ class GenerateTokensRequest(_message.Message):
     block_length: int
     drafter_address: str
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_drafting_pb2.Sampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., block_length: _Optional[int] = ..., drafter_address: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    policy: _drafting_pb2.BlockPolicy
+    threshold: float
+    mode: DecodingMode
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_drafting_pb2.Sampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., block_length: _Optional[int] = ..., drafter_address: _Optional[str] = ..., traceparent: _Optional[str] = ..., policy: _Optional[_Union[_drafting_pb2.BlockPolicy, str]] = ..., threshold: _Optional[float] = ..., mode: _Optional[_Union[DecodingMode, str]] = ...) -> None: ...
 
 class GenerateTokensResponse(_message.Message):
     __slots__ = ("token_ids", "num_accepted_tokens", "num_draft_tokens", "logprobs", "finish_reason")

@@ -1,11 +1,25 @@
 from tandem_serve.rpc._gen.tandem.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class BlockPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BLOCK_POLICY_UNSPECIFIED: _ClassVar[BlockPolicy]
+    BLOCK_POLICY_FIXED: _ClassVar[BlockPolicy]
+    BLOCK_POLICY_ENTROPY: _ClassVar[BlockPolicy]
+    BLOCK_POLICY_ROUTER: _ClassVar[BlockPolicy]
+    BLOCK_POLICY_OPTIMAL: _ClassVar[BlockPolicy]
+BLOCK_POLICY_UNSPECIFIED: BlockPolicy
+BLOCK_POLICY_FIXED: BlockPolicy
+BLOCK_POLICY_ENTROPY: BlockPolicy
+BLOCK_POLICY_ROUTER: BlockPolicy
+BLOCK_POLICY_OPTIMAL: BlockPolicy
 
 class DraftRequest(_message.Message):
     __slots__ = ("hello", "commands")
@@ -120,7 +134,7 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ExtendSequence(_message.Message):
-    __slots__ = ("sequence_id", "incarnation", "round", "start_position", "token_ids", "representations", "next_token_id", "block_length", "traceparent")
+    __slots__ = ("sequence_id", "incarnation", "round", "start_position", "token_ids", "representations", "next_token_id", "block_length", "traceparent", "stopping", "num_unverified")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +144,8 @@ class ExtendSequence(_message.Message):
     NEXT_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_LENGTH_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNVERIFIED_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     incarnation: int
     round: int
@@ -139,7 +155,19 @@ class ExtendSequence(_message.Message):
     next_token_id: int
     block_length: int
     traceparent: str
-    def __init__(self, sequence_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., round: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., representations: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., next_token_id: _Optional[int] = ..., block_length: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    stopping: StoppingRule
+    num_unverified: int
+    def __init__(self, sequence_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., round: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., representations: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., next_token_id: _Optional[int] = ..., block_length: _Optional[int] = ..., traceparent: _Optional[str] = ..., stopping: _Optional[_Union[StoppingRule, _Mapping]] = ..., num_unverified: _Optional[int] = ...) -> None: ...
+
+class StoppingRule(_message.Message):
+    __slots__ = ("policy", "threshold", "keep_threshold")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    KEEP_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    policy: BlockPolicy
+    threshold: float
+    keep_threshold: float
+    def __init__(self, policy: _Optional[_Union[BlockPolicy, str]] = ..., threshold: _Optional[float] = ..., keep_threshold: _Optional[float] = ...) -> None: ...
 
 class CloseSequence(_message.Message):
     __slots__ = ("sequence_id", "incarnation")

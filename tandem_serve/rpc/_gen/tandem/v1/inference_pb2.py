@@ -23,29 +23,32 @@ _sym_db = _symbol_database.Default()
 
 
 from tandem_serve.rpc._gen.tandem.v1 import control_pb2 as tandem_dot_v1_dot_control__pb2
+from tandem_serve.rpc._gen.tandem.v1 import drafting_pb2 as tandem_dot_v1_dot_drafting__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/v1/inference.proto\x12\ttandem.v1\x1a\x17tandem/v1/control.proto\"\xae\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\r\n\x05top_k\x18\x07 \x01(\r\x12\r\n\x05min_p\x18\x08 \x01(\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x04\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x06\x88\x01\x01\x12\x19\n\x0c\x62lock_length\x18\x0f \x01(\rH\x07\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobsB\x0f\n\r_block_length\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x91\x02\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x05 \x01(\r\x12)\n\x08logprobs\x18\x06 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x1f\n\x05usage\x18\x08 \x01(\x0b\x32\x10.tandem.v1.Usage\x12\x1a\n\x12num_accepted_chars\x18\t \x01(\r\"\x84\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_drafts\x18\x03 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x04 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x05 \x01(\r\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r2\xa4\x01\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/v1/inference.proto\x12\ttandem.v1\x1a\x17tandem/v1/control.proto\x1a\x18tandem/v1/drafting.proto\"\xdb\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\r\n\x05top_k\x18\x07 \x01(\r\x12\r\n\x05min_p\x18\x08 \x01(\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x04\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x06\x88\x01\x01\x12\x19\n\x0c\x62lock_length\x18\x0f \x01(\rH\x07\x88\x01\x01\x12+\n\x0bspeculation\x18\x10 \x01(\x0b\x32\x16.tandem.v1.SpeculationB\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobsB\x0f\n\r_block_length\"\xae\x01\n\x0bSpeculation\x12\x19\n\x0c\x62lock_length\x18\x01 \x01(\rH\x00\x88\x01\x01\x12&\n\x06policy\x18\x02 \x01(\x0e\x32\x16.tandem.v1.BlockPolicy\x12\x16\n\tthreshold\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12%\n\x04mode\x18\x04 \x01(\x0e\x32\x17.tandem.v1.DecodingModeB\x0f\n\r_block_lengthB\x0c\n\n_threshold\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x91\x02\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x05 \x01(\r\x12)\n\x08logprobs\x18\x06 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x1f\n\x05usage\x18\x08 \x01(\x0b\x32\x10.tandem.v1.Usage\x12\x1a\n\x12num_accepted_chars\x18\t \x01(\r\"\x84\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_drafts\x18\x03 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x04 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x05 \x01(\r\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r2\xa4\x01\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem_serve.rpc._gen.tandem.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST']._serialized_start=66
-  _globals['_GENERATEREQUEST']._serialized_end=496
-  _globals['_TOKENIDS']._serialized_start=498
-  _globals['_TOKENIDS']._serialized_end=521
-  _globals['_GENERATERESPONSE']._serialized_start=524
-  _globals['_GENERATERESPONSE']._serialized_end=797
-  _globals['_USAGE']._serialized_start=800
-  _globals['_USAGE']._serialized_end=932
-  _globals['_LISTMODELSREQUEST']._serialized_start=934
-  _globals['_LISTMODELSREQUEST']._serialized_end=953
-  _globals['_LISTMODELSRESPONSE']._serialized_start=955
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1009
-  _globals['_MODEL']._serialized_start=1011
-  _globals['_MODEL']._serialized_end=1053
-  _globals['_INFERENCESERVICE']._serialized_start=1056
-  _globals['_INFERENCESERVICE']._serialized_end=1220
+  _globals['_GENERATEREQUEST']._serialized_start=92
+  _globals['_GENERATEREQUEST']._serialized_end=567
+  _globals['_SPECULATION']._serialized_start=570
+  _globals['_SPECULATION']._serialized_end=744
+  _globals['_TOKENIDS']._serialized_start=746
+  _globals['_TOKENIDS']._serialized_end=769
+  _globals['_GENERATERESPONSE']._serialized_start=772
+  _globals['_GENERATERESPONSE']._serialized_end=1045
+  _globals['_USAGE']._serialized_start=1048
+  _globals['_USAGE']._serialized_end=1180
+  _globals['_LISTMODELSREQUEST']._serialized_start=1182
+  _globals['_LISTMODELSREQUEST']._serialized_end=1201
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1203
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1257
+  _globals['_MODEL']._serialized_start=1259
+  _globals['_MODEL']._serialized_end=1301
+  _globals['_INFERENCESERVICE']._serialized_start=1304
+  _globals['_INFERENCESERVICE']._serialized_end=1468
 # @@protoc_insertion_point(module_scope)
