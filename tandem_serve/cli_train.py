@@ -1,4 +1,4 @@
-"""`tandem-serve train primary|drafter`."""
+"""`tandem-serve train primary|drafter|router`."""
 
 from __future__ import annotations
 
@@ -203,6 +203,36 @@ def evaluate(
         folders = {name: Path(folder) for name, _, folder in (d.partition("=") for d in drafters)}
         size = EvaluationSize(num_prompts=limit, block_length=block_length)
         typer.echo(json.dumps(evaluate_pair(primary, folders, _split(data)[1], size), indent=2))
+
+
+@app.command()
+def router(
+    primary: Annotated[Path, typer.Option(help="Folder of the primary.")],
+    drafter: Annotated[Path, typer.Option(help="Folder of its drafter, where router.safetensors goes.")],
+    data: Data = "stdlib",
+    limit: Annotated[int, typer.Option(min=4, help="Texts that the primary writes.")] = 64,
+    target: Annotated[str, typer.Option(help="accept: was the draft right? tv: the paper's soft label.")] = "accept",
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of every other text; the rest is greedy.")] = 0.8,
+    block_length: Annotated[int, typer.Option(min=2, max=64, help="Drafts a block.")] = 12,
+    threads: Threads = 0,
+) -> None:
+    """Train the router MLP of a drafter: run the pair, learn when its drafts are right, choose thresholds by cost."""
+    from tandem_serve.training.fit_router import REPORT_FILE, RouterConfig, fit_router
+
+    with reported():
+        _set_threads(threads)
+        if target not in ("accept", "tv"):
+            raise ConfigError(f"--target {target}: expected accept or tv")
+        config = RouterConfig(
+            target="tv" if target == "tv" else "accept",
+            num_texts=limit,
+            temperature=temperature,
+            block_length=block_length,
+        )
+        file = fit_router(primary, drafter, _split(data)[0], config)
+        report = json.loads((drafter / REPORT_FILE).read_text("utf-8"))
+        typer.echo(json.dumps(report["policies"], indent=2))
+        typer.echo(f"router written to {file}")
 
 
 @app.command()

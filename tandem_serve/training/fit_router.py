@@ -1,0 +1,189 @@
+"""Trains the acceptance models of a drafter (the paper's router MLP), and measures what they are worth."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tandem_serve.decoding.stopping_rules import ENTROPY_SCALE
+from tandem_serve.engine.draft_loop import DraftJob, draft_blocks
+from tandem_serve.engine.forward import Rows, forward
+from tandem_serve.engine.kv_cache import KvBuffer
+from tandem_serve.errors import ConfigError
+from tandem_serve.models.acceptance import AcceptanceConfig, AcceptanceModel, save_acceptance
+from tandem_serve.models.checkpoint import (
+    drafter_info,
+    fingerprint,
+    load_decoder,
+    load_drafter,
+    load_tokenizer,
+    primary_info,
+)
+from tandem_serve.models.decoder import Decoder
+from tandem_serve.models.tandem import TandemDrafter
+from tandem_serve.training.calibration import RoundCosts, best_fixed, best_threshold, calibration
+from tandem_serve.training.corpus import Document
+from tandem_serve.training.held_out import heldout_prompts
+from tandem_serve.training.router_examples import RouterExamples, collect_examples, write_texts
+from tandem_serve.training.run_folder import provenance
+from tandem_serve.types import PolicyName, PrimaryInfo, SamplingParams, mismatches
+
+Target = Literal["accept", "tv"]
+REPORT_FILE = "router-report.json"
+HELD_OUT_EVERY = 3  # every third text is measured on, not trained on; odd: texts are greedy and sampled in turn
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How to collect and to train. Target `tv`: the paper's 1 - TV(MS, ML); `accept`: whether the draft was right."""
+
+    target: Target = "accept"
+    num_texts: int = 64
+    prompt_tokens: int = 64
+    num_tokens: int = 128  # that the primary writes behind each prompt
+    temperature: float = 0.8  # of every other text; the rest is greedy
+    block_length: int = 12  # drafts a block
+    top_k: int = 4
+    hidden_size: int = 64
+    num_steps: int = 600
+    batch_size: int = 1024
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+def fit_router(primary_folder: Path, drafter_folder: Path, documents: Sequence[Document], config: RouterConfig) -> Path:
+    """Runs the pair on documents, trains on what it drafted, and writes router.safetensors and its report.
+
+    Raises:
+        CheckpointError, ConfigError: models that cannot be loaded or do not fit, or too little text.
+    """
+    info = primary_info(primary_folder)
+    if found := mismatches(info, drafter_info(drafter_folder, max_block_length=config.block_length)):
+        raise ConfigError("primary and drafter do not fit together: " + "; ".join(found))
+    primary, drafter = load_decoder(primary_folder).pack(), load_drafter(drafter_folder).pack()
+    examples = _collect(primary, info, drafter, primary_folder, documents, config)
+    is_measured = torch.arange(len(examples.is_right)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    ms = drafter.decoder if isinstance(drafter, TandemDrafter) else drafter
+    model = train_acceptance(examples.texts(~is_measured), ms.embedding.detach(), config)
+    costs = measure_costs(primary, ms)
+    report = measure_acceptance(model, examples.texts(is_measured), ms.embedding, costs)
+    for policy in (PolicyName.ENTROPY, PolicyName.ROUTER, PolicyName.OPTIMAL):
+        model.thresholds[policy] = report["policies"][policy.value]["threshold"]
+    file = save_acceptance(model, drafter_folder, fingerprint(drafter_folder))
+    document = {**report, "config": vars(config), "provenance": provenance()}
+    (drafter_folder / REPORT_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return file
+
+
+def _collect(
+    primary: Decoder,
+    info: PrimaryInfo,
+    drafter: TandemDrafter | Decoder,
+    primary_folder: Path,
+    documents: Sequence[Document],
+    config: RouterConfig,
+) -> RouterExamples:
+    length = config.prompt_tokens
+    some = random.Random(config.seed).sample(documents, min(len(documents), 2 * config.num_texts))
+    prompts = heldout_prompts(
+        some, load_tokenizer(primary_folder), config.num_texts, min_tokens=length, max_tokens=length
+    )
+    texts = write_texts(primary, info, [p.token_ids for p in prompts], config.num_tokens, config.temperature)
+    return collect_examples(primary, drafter, texts, config.block_length, config.top_k)
+
+
+def train_acceptance(examples: RouterExamples, embedding: Tensor, config: RouterConfig) -> AcceptanceModel:
+    """Cross-entropy against the target, over drafts that follow right ones: no others are ever asked about."""
+    torch.manual_seed(config.seed)
+    model = AcceptanceModel(AcceptanceConfig(embedding.shape[-1], config.top_k, config.hidden_size))
+    reached = _reached(examples)
+    features = type(examples.features)(*(part[reached] for part in examples.features))
+    right = examples.is_right[reached].float()
+    labels = right if config.target == "accept" else 1 - examples.total_variation[reached]
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, config.num_steps)
+    for _ in range(config.num_steps):
+        batch = torch.randint(len(right), (min(config.batch_size, len(right)),))
+        some = type(features)(*(part[batch] for part in features))
+        loss = F.binary_cross_entropy_with_logits(model.mlp(some, embedding), labels[batch])
+        loss = loss + F.binary_cross_entropy_with_logits(model.quick(some.draft_logprob), right[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval().requires_grad_(False)
+
+
+def _reached(examples: RouterExamples) -> Tensor:
+    """Which drafts [S, O, G] follow right ones only."""
+    return F.pad(examples.is_right, (1, 0), value=True)[..., :-1].long().cumprod(-1).bool()
+
+
+@torch.inference_mode()
+def measure_acceptance(
+    model: AcceptanceModel, examples: RouterExamples, embedding: Tensor, costs: RoundCosts
+) -> dict[str, Any]:
+    """Calibration of each predictor, and what each policy at its best threshold is worth at these costs."""
+    scores = {
+        PolicyName.ENTROPY: (1 - (ENTROPY_SCALE * examples.features.entropy).sqrt()).clamp(0, 1),
+        PolicyName.ROUTER: model.mlp(examples.features, embedding).sigmoid(),
+        PolicyName.OPTIMAL: model.quick(examples.features.draft_logprob).sigmoid(),
+    }
+    reached, is_right = _reached(examples), examples.is_right
+    length, fixed = best_fixed(is_right, costs)
+    policies: dict[str, Any] = {"fixed": {"block_length": length, "tokens_per_s": fixed.tokens_per_s}}
+    for policy, score in scores.items():
+        compounds = policy is PolicyName.OPTIMAL
+        threshold, replayed = best_threshold(is_right, score, costs, compounds=compounds)
+        policies[policy.value] = {
+            "threshold": threshold,
+            "tokens_per_s": replayed.tokens_per_s,
+            "over_best_fixed": replayed.tokens_per_s / fixed.tokens_per_s,
+            "drafts_a_round": replayed.num_drafts / replayed.num_rounds,
+            "tokens_a_round": replayed.num_tokens / replayed.num_rounds,
+        }
+    return {
+        "num_drafts": int(reached.sum()),
+        "share_right": float(is_right[reached].float().mean()),
+        "calibration": {p.value: calibration(score[reached], is_right[reached]) for p, score in scores.items()},
+        "costs_ms": {name: 1e3 * seconds for name, seconds in vars(costs).items()},
+        "policies": policies,
+    }
+
+
+@torch.inference_mode()
+def measure_costs(primary: Decoder, ms: Decoder, context: int = 192, repetitions: int = 15) -> RoundCosts:
+    """Times rounds of this pair on this machine: MS drafts, then ML verifies, as decoding at batch 1 does."""
+    kv = KvBuffer(primary.config, context + 32, primary.dtype, primary.device)
+    small = KvBuffer(ms.config, context + 32, ms.dtype, ms.device)
+    for buffer in (kv, small):
+        buffer.planes.zero_()
+    times: dict[int, tuple[list[float], list[float]]] = {length: ([], []) for length in (1, 4, 8, 16)}
+    for _ in range(repetitions):
+        for length, (drafting, verifying) in times.items():
+            start = time.perf_counter()
+            draft_blocks(ms, [DraftJob(small, context, [1], length, SamplingParams(temperature=0.0))])
+            middle = time.perf_counter()
+            forward(primary, [Rows(kv, context, [1] * (length + 1), length + 1)]).logits.argmax(-1)
+            drafting.append(middle - start)
+            verifying.append(time.perf_counter() - middle)
+    draft_0, draft_s = _line({length: median(drafting) for length, (drafting, _) in times.items()})
+    verify_0, verify_s = _line({length: median(verifying) for length, (_, verifying) in times.items()})
+    return RoundCosts(draft_0 + verify_0, draft_s, verify_s)
+
+
+def _line(points: Mapping[int, float]) -> tuple[float, float]:
+    """Intercept and slope through points, least squares; neither is below zero."""
+    x, y = torch.tensor(list(points), dtype=torch.float64), torch.tensor(list(points.values()), dtype=torch.float64)
+    slope = max(float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()), 0.0)
+    return max(float(y.mean() - slope * x.mean()), 0.0), slope
