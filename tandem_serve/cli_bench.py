@@ -88,6 +88,80 @@ def decode(
 
 
 @app.command()
+def policies(
+    pair: PairOption = "demo",
+    prompts: Annotated[
+        str, typer.Option(help="A JSONL file, or `heldout`: what the pair was not trained on.")
+    ] = "heldout",
+    field: Annotated[str, typer.Option(help="Which key of a JSONL line is the prompt.")] = "prompt",
+    limit: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 40,
+    names: Annotated[
+        str, typer.Option("--policies", help="Of fixed-N, entropy, router, optimal; fixed-1-8 is eight of them.")
+    ] = "fixed-1-8,entropy,router,optimal",
+    batch: Annotated[str, typer.Option(help="Requests at once.")] = "1,8",
+    samples: Annotated[str, typer.Option(help="Completions a request; several only at a temperature above 0.")] = "1,4",
+    temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,0.8",
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a completion.")] = 128,
+    inflate: Annotated[
+        int, typer.Option(min=1, max=64, help="Make the primary so many times as deep, same outputs.")
+    ] = 1,
+    num_threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
+    json_file: JsonOption = None,
+) -> None:
+    """Fixed block lengths against adaptive policies, each at its tokens/s over the best fixed length's.
+
+    Every policy decodes the same requests, in turn. The best fixed length is chosen in hindsight, load by load.
+    """
+    from tandem_serve.bench.policies import PoliciesOptions, run_policies
+    from tandem_serve.bench.tables import ProgressBar, print_policies
+    from tandem_serve.cli_errors import reported
+    from tandem_serve.models.pairs import pair_folder
+
+    with reported():
+        options = PoliciesOptions(
+            pair=pair_folder(pair),
+            prompts=prompts,
+            field=field,
+            limit=limit,
+            policies=_policy_names(names),
+            batches=tuple(map(int, _numbers(batch, "--batch", low=1))),
+            samples=tuple(map(int, _numbers(samples, "--samples", low=1))),
+            temperatures=_numbers(temperature, "--temperature", low=0),
+            max_tokens=max_tokens,
+            inflate=inflate,
+            num_threads=num_threads,
+        )
+        with ProgressBar("decoding") as bar:
+            figures = run_policies(options, bar.expect)
+    print_policies(figures)
+    _write(json_file, figures)
+
+
+def _policy_names(text: str) -> tuple[str, ...]:
+    """`fixed-1-3,optimal` as fixed-1, fixed-2, fixed-3, optimal."""
+    found: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        kind, *lengths = name.split("-")
+        if kind == "fixed" and 1 <= len(lengths) <= 2 and all(x.isdigit() and 1 <= int(x) <= 32 for x in lengths):
+            found += [f"fixed-{length}" for length in range(int(lengths[0]), int(lengths[-1]) + 1)]
+        elif name in ("entropy", "router", "optimal"):
+            found.append(name)
+        else:
+            raise typer.BadParameter(f"{name!r}: expected fixed-N, entropy, router or optimal", param_hint="--policies")
+    return tuple(dict.fromkeys(found))
+
+
+def _numbers(text: str, option: str, *, low: float) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < low:
+        raise typer.BadParameter(f"{text!r}: expected numbers of at least {low:g}, e.g. 1,8", param_hint=option)
+    return found
+
+
+@app.command()
 def steps(
     pair: PairOption = "demo",
     context: Annotated[int, typer.Option(min=1, help="Positions in the cache.")] = 256,

@@ -38,8 +38,8 @@ def summarize(runs: Sequence[PromptRun], plain: Sequence[PromptRun] | None) -> d
     same = None if plain is None else [a.token_ids == b.token_ids for a, b in zip(runs, plain, strict=True)]
     return {
         "tokens_per_s": _rate(runs),
-        "tokens_per_s_p10": _quantile(rates, 0.1),
-        "tokens_per_s_p90": _quantile(rates, 0.9),
+        "tokens_per_s_p10": quantile(rates, 0.1),
+        "tokens_per_s_p90": quantile(rates, 0.9),
         "mean_acceptance_length": 1 + accepted / len(blocks) if blocks else 1.0,
         "accepted_per_block": accepted / len(blocks) if blocks else 0.0,
         "accepted_per_position": [
@@ -69,9 +69,9 @@ def ratio_spread(runs: Mapping[str, Sequence[PromptRun]]) -> dict[str, dict[str,
         pairs = zip(runs[over], runs[under], strict=True)
         each = sorted(a.tokens_per_s / b.tokens_per_s for a, b in pairs if a.decode_s and b.decode_s)
         spread[f"{over}/{under}"] = {
-            "p10": _quantile(each, 0.1),
-            "p50": _quantile(each, 0.5),
-            "p90": _quantile(each, 0.9),
+            "p10": quantile(each, 0.1),
+            "p50": quantile(each, 0.5),
+            "p90": quantile(each, 0.9),
         }
     return spread
 
@@ -90,6 +90,6 @@ def _median_ms(seconds: Sequence[float]) -> float:
     return median(seconds) * 1e3 if seconds else 0.0
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float:
+def quantile(ordered: Sequence[float], share: float) -> float:
     """The nearest value of a sorted sample; 0 for an empty one."""
     return ordered[round(share * (len(ordered) - 1))] if ordered else 0.0

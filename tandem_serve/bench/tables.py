@@ -60,6 +60,28 @@ def _print_ratios(figures: dict[str, Any]) -> None:
         Console().print(f"{name}: [bold]{ratio:.2f}x[/] (by prompt: {spread})")
 
 
+def print_policies(figures: dict[str, Any]) -> None:
+    """The document of run_policies: a table a load."""
+    for cell in figures["cells"]:
+        load = f"{cell['batch']} requests at once" if cell["batch"] > 1 else "one request at a time"
+        title = f"Block policies, {load}, n = {cell['n']}, temperature {cell['temperature']:g}"
+        table = _table(
+            title, "policy", "tokens/s", "over best fixed", "by group p10-p50-p90", "drafts", "accepted", "="
+        )
+        for name, policy in cell["policies"].items():
+            spread = " ".join(f"{value:.2f}" for value in policy["over_best_fixed_by_group"].values())
+            table.add_row(
+                f"[bold]{name}[/]" if name == cell["best_fixed"] else name,
+                f"{policy['tokens_per_s']:.1f}",
+                f"{policy['over_best_fixed']:.3f}",
+                spread,
+                f"{policy['drafts_a_round']:.2f}",
+                f"{policy['accepted_a_round']:.2f}",
+                f"{policy['identical_groups']}/{cell['num_groups']}",
+            )
+        Console().print(table)
+
+
 def print_steps(figures: dict[str, Any]) -> None:
     """The document of `bench steps` as a table."""
     columns = [f"{who} {dtype}" for who in ("lean", "transformers") for dtype in ("float32", "bfloat16")]
