@@ -22,6 +22,9 @@ app.command("primary", rich_help_panel="Plain processes, without Ray")(cli_serve
 app.command("drafter", rich_help_panel="Plain processes, without Ray")(cli_serve.drafter)
 app.command("router", rich_help_panel="Plain processes, without Ray")(cli_serve.router)
 app.add_typer(cli_train.app, name="train")
+app.command("eval")(cli_bench.evaluate)
+app.command("report")(cli_bench.report)
+app.command("reproduce")(cli_bench.reproduce)
 app.add_typer(cli_bench.app, name="bench")
 
 

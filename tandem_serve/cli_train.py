@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +26,8 @@ Tokens = Annotated[str, typer.Option(help="Training budget in tokens, e.g. 500k 
 Threads = Annotated[int, typer.Option(min=0, help="torch threads; 0 leaves torch's choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16 (autocast) or fp32.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that share every batch, by Ray Train; 1: this one.")]
+Size = Annotated[int | None, typer.Option(help="Default: a small one; with --init-from, that model's.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the state in --out, if there is one.")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile: needs a C++ compiler on a CPU.")]
 
@@ -57,6 +61,7 @@ def primary(
     compile: Compile = False,
     resume: Resume = True,
     checkpoint_interval_s: float = 45.0,
+    num_workers: Workers = 1,
     quiet: bool = False,
 ) -> None:
     """Train a Llama-style primary from scratch, its tokenizer included."""
@@ -92,13 +97,24 @@ def primary(
             quiet=quiet,
         )
         details = {"data": data, "held_out": [d.name for d in held_out], "held_out_hash": corpus_hash(held_out)}
-        model = train_primary(out, training, shape, batches, config, resume=resume, compiled=compile, details=details)
-        typer.echo(f"primary written to {model}")
+        work = partial(
+            train_primary,
+            out.resolve(),
+            training,
+            shape,
+            batches,
+            config,
+            resume=resume,
+            compiled=compile,
+            details=details | _origin(num_workers),
+        )
+        _run(work, num_workers, device, out)
+        typer.echo(f"primary written to {out / 'model'}")
 
 
 @app.command()
 def drafter(
-    primary: Annotated[Path, typer.Option(help="Folder of the frozen primary.")],
+    primary: Annotated[Path, typer.Option(help="Folder of the primary.")],
     out: Out,
     data: Data = "stdlib",
     tokens: Tokens = "3M",
@@ -106,6 +122,9 @@ def drafter(
     both: Annotated[
         bool, typer.Option("--both", help="Tandem and baseline side by side, on the same batches.")
     ] = False,
+    kinds: Annotated[
+        str, typer.Option(help="Of drafter, plain-drafter and peers: medusa, eagle, deep-tandem; same batches for all.")
+    ] = "drafter",
     layer_map: Annotated[
         str,
         typer.Option(help="last, uniform, or each drafter layer's primary layers: 4,8, or 2+8 for several at once."),
@@ -115,10 +134,18 @@ def drafter(
     ] = [],  # noqa: B006 - typer copies it
     block_lengths: Annotated[str, typer.Option(help="One length or a range, drawn per batch. 2: the paper's.")] = "1-8",
     layers: int = 2,
-    hidden_size: int = 160,
-    intermediate_size: int = 448,
-    heads: int = 5,
-    kv_heads: int = 5,
+    hidden_size: Size = None,
+    intermediate_size: Size = None,
+    heads: Size = None,
+    kv_heads: Size = None,
+    train_primary: Annotated[
+        str, typer.Option(help="The paper's three: frozen; drafter-loss and both-losses train the primary along.")
+    ] = "frozen",
+    primary_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="The primary's learning rate, as a share of the drafter's.")
+    ] = 0.1,
+    init_from: Annotated[str, typer.Option(help="Cut the drafter out of that model: the primary, or another.")] = "",
+    init_layers: Annotated[str, typer.Option(help="Its layers to take, from 0: 0,15. Default: evenly spread.")] = "",
     distillation_weight: Annotated[float, typer.Option(min=0, max=1, help="Stage 2's share of ML's softmax.")] = 0.5,
     cross_entropy_share: Annotated[float, typer.Option(min=0, max=1, help="Stage 1's share of the steps.")] = 0.15,
     sampled_tokens: Annotated[str, typer.Option(help="Tokens that the primary writes as further text; 0: none.")] = "0",
@@ -136,28 +163,35 @@ def drafter(
     compile: Compile = False,
     resume: Resume = True,
     checkpoint_interval_s: float = 45.0,
+    num_workers: Workers = 1,
+    shard_primary: Annotated[
+        bool, typer.Option("--shard-primary", help="Spread a frozen primary's layers over the workers (FSDP).")
+    ] = False,
     quiet: bool = False,
 ) -> None:
-    """Train drafters with the primary frozen: Tandem-CE, then Tandem-Distil."""
+    """Train drafters: Tandem-CE, then Tandem-Distil; with the primary frozen or trained along."""
     from tandem_serve.training.data import parse_block_lengths
-    from tandem_serve.training.drafters import PLAIN, TANDEM, DrafterConfig, train_drafters
+    from tandem_serve.training.drafter_task import FROZEN, PLAIN, PRIMARY, TANDEM, DrafterConfig
+    from tandem_serve.training.drafters import train_drafters
+    from tandem_serve.training.initial import chosen_shape, init_layers_of
     from tandem_serve.training.optimizer import OptimizerConfig
+    from tandem_serve.training.peers.catalog import PEERS
     from tandem_serve.training.primary import BatchConfig
     from tandem_serve.training.trainer import TrainerConfig
 
     with reported():
         _set_threads(threads)
         training, held_out = _split(data)
+        sizes = {"num_layers": layers, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         config = DrafterConfig(
-            num_layers=layers,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
+            shape=chosen_shape(sizes | {"num_heads": heads, "num_kv_heads": kv_heads}, init_from),
             layer_map=layer_map,
             other_layer_maps=tuple(other_layer_map),
             block_lengths=parse_block_lengths(block_lengths),
-            kinds=(TANDEM, PLAIN) if both else (PLAIN,) if plain else (TANDEM,),
+            kinds=(TANDEM, PLAIN) if both else (PLAIN,) if plain else _names(kinds, {TANDEM, PLAIN, *PEERS}),
+            train_primary=train_primary,
+            init_from=str(Path(init_from).resolve()) if Path(init_from or "-").is_dir() else init_from,
+            init_layers=init_layers_of(init_layers),
             distillation_weight=distillation_weight,
             cross_entropy_share=cross_entropy_share,
             sampled_tokens=0 if sampled_tokens == "0" else parse_tokens(sampled_tokens),
@@ -166,43 +200,30 @@ def drafter(
         trainer = TrainerConfig(
             num_steps=max(1, parse_tokens(tokens) // (sequence_length * batch_size)),
             optimizer=OptimizerConfig(learning_rate, embedding_learning_rate, muon=muon),
+            rate_scales={PRIMARY: primary_rate},
             precision=precision,
             device=device,
             checkpoint_interval_s=checkpoint_interval_s,
             quiet=quiet,
         )
-        folders = train_drafters(
-            out,
-            primary,
+        work = partial(
+            train_drafters,
+            out.resolve(),
+            primary.resolve(),
             training,
             config,
             BatchConfig(sequence_length, batch_size, seed),
             trainer,
             resume=resume,
             compiled=compile,
-            start_from=start_from,
-            details={"data": data, "held_out": [d.name for d in held_out]},
+            shard_primary=shard_primary,
+            start_from=start_from.resolve() if start_from else None,
+            details={"data": data, "held_out": [d.name for d in held_out], **_origin(num_workers)},
         )
-        typer.echo("drafters written to " + ", ".join(map(str, folders)))
-
-
-@app.command()
-def evaluate(
-    primary: Annotated[Path, typer.Option(help="Folder of the primary.")],
-    drafters: Annotated[list[str], typer.Option("--drafter", help="NAME=FOLDER, as often as you like.")],
-    data: Data = "stdlib",
-    block_length: int = 5,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts to continue.")] = 100,
-    threads: Threads = 0,
-) -> None:
-    """Measure drafters on held-out text and on the primary's own greedy continuations; JSON to standard output."""
-    from tandem_serve.training.demo import EvaluationSize, evaluate_pair
-
-    with reported():
-        _set_threads(threads)
-        folders = {name: Path(folder) for name, _, folder in (d.partition("=") for d in drafters)}
-        size = EvaluationSize(num_prompts=limit, block_length=block_length)
-        typer.echo(json.dumps(evaluate_pair(primary, folders, _split(data)[1], size), indent=2))
+        _run(work, num_workers, device, out)
+        if train_primary != FROZEN:
+            typer.echo(f"primary written to {out / PRIMARY}")
+        typer.echo("drafters written to " + ", ".join(str(out / name) for name in config.names))
 
 
 @app.command()
@@ -289,6 +310,30 @@ def _set_threads(threads: int) -> None:
 
     if threads:
         torch.set_num_threads(threads)
+
+
+def _origin(num_workers: int) -> dict[str, Any]:
+    """This command's provenance, where others run it: a worker's command line says nothing."""
+    from tandem_serve.training.run_folder import provenance
+
+    return {**provenance(), "num_workers": num_workers} if num_workers > 1 else {}
+
+
+def _run(work: Callable[[], Any], num_workers: int, device: str, out: Path) -> None:
+    """Runs the training here, or on several workers."""
+    if num_workers == 1:
+        work()
+        return
+    from tandem_serve.training.scale_out import run_on_workers
+
+    run_on_workers(work, num_workers, device=device, folder=out)
+
+
+def _names(text: str, known: set[str]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if unknown := sorted({*names} - known):
+        raise ConfigError(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return names
 
 
 def parse_tokens(text: str) -> int:

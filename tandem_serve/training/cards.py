@@ -27,19 +27,19 @@ def write_primary_card(folder: Path, provenance: Mapping[str, Any], figures: Map
 def write_drafter_card(
     folder: Path, title: str, provenance: Mapping[str, Any], figures: Mapping[str, Any], run_s: float
 ) -> None:
-    """A drafter's card. `figures` is its part of evaluate.compare's report."""
+    """A drafter's card. `figures` is its part of evaluate_pair's report; the longest block length is described."""
     rows = "".join(
-        f"| {name.removeprefix('block_length_')} | {f['accuracy']:.1f} | {f['agreement']:.1f} | "
+        f"| {length} | {f['accuracy']:.1f} | {f['agreement']:.1f} | "
         f"{f['cross_entropy']:.3f} | {f['total_variation']:.3f} |\n"
-        for name, f in figures["text"].items()
+        for length, f in figures["text"]["block_lengths"].items()
     )
-    drafting = figures["drafting"]
+    length, drafting = list(figures["drafting"]["0"]["block_lengths"].items())[-1]
     positions = " ".join(f"{x:.2f}" for x in drafting["accepted_per_position"])
     text = (
         f"{_HEADER}# {title}\n\nDrafts for the demo primary beside it, and for no other model.\n\n"
         "## Held-out text\n\n| block length | accuracy | agrees with the primary | CE | TV to the primary |\n"
         f"|---|---|---|---|---|\n{rows}\n"
-        f"On the primary's own greedy continuations of held-out prompts, blocks of {drafting['block_length']}: "
+        f"On the primary's own greedy continuations of held-out prompts, blocks of {length}: "
         f"**{drafting['accepted_per_block']:.2f}** drafts accepted a block (by position: {positions}); "
         f"agreement with the primary {drafting['agreement']:.1f} %.\n\n"
         f"{_recipe(provenance, run_s)}"

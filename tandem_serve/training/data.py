@@ -25,14 +25,24 @@ class TokenWindows:
     """Cuts a stream of ids into shuffled windows of T + 1 ids, which overlap by one (the last is target only).
 
     Each epoch starts at another offset into the stream, so that windows differ from epoch to epoch, and has its own
-    order. `batch` is a pure function of the step.
+    order. `batch` is a pure function of the step. Of several workers, each cuts its own rows of every batch.
     """
 
-    def __init__(self, token_ids: npt.NDArray[np.int32], sequence_length: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        worker: tuple[int, int] = (0, 1),  # rank and number
+    ) -> None:
         self._token_ids = token_ids
         self._length = sequence_length
         self._batch_size = batch_size
         self.seed = seed
+        self._rank, self._num_workers = worker
+        if batch_size % self._num_workers:
+            raise ConfigError(f"a batch of {batch_size} sequences cannot be shared by {self._num_workers} workers")
         self._windows_per_epoch = (len(token_ids) - 1 - sequence_length) // sequence_length
         if self._windows_per_epoch < 1:
             raise ConfigError(f"{len(token_ids)} tokens are too few for sequences of {sequence_length}")
@@ -41,10 +51,15 @@ class TokenWindows:
     def tokens_per_batch(self) -> int:
         return self._batch_size * self._length
 
+    @property
+    def batches_per_epoch(self) -> int:
+        return self._windows_per_epoch // self._batch_size
+
     def batch(self, step: int) -> Tensor:
-        """The batch of a step (from 0), [B, T + 1] int64."""
+        """The batch of a step (from 0), [B, T + 1] int64: B / workers rows, where there are several."""
         first = step * self._batch_size
-        starts = [self._start(index) for index in range(first, first + self._batch_size)]
+        rows = range(first + self._rank, first + self._batch_size, self._num_workers)
+        starts = [self._start(index) for index in rows]
         windows = np.stack([self._token_ids[s : s + self._length + 1] for s in starts])
         return torch.from_numpy(windows.astype(np.int64))
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tandem_serve.models.decoder import Decoder, causal_attention
-from tandem_serve.models.tandem import TandemDrafter
-from tandem_serve.training.drafters import drafter_logits
-from tandem_serve.training.generate import continuations
+from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
+from tandem_serve.models.decoder import Decoder
+from tandem_serve.training.peers.prompt_lookup import PromptLookup
 from tandem_serve.training.primary import sequence_logits
+from tandem_serve.training.unroll import Drafter, drafter_taps, unroll
+from tandem_serve.training.views import primary_view
+from tandem_serve.types import SamplingParams
 
-Drafter = TandemDrafter | Decoder
+_PERCENT = ("accuracy", "agreement")
+_MEASURES = (*_PERCENT, "cross_entropy", "total_variation")
 
 
 @torch.inference_mode()
@@ -31,112 +35,151 @@ def evaluate_primary(primary: Decoder, windows: Sequence[Tensor]) -> dict[str, f
 
 @torch.inference_mode()
 def evaluate_on_text(
-    primary: Decoder, drafter: Drafter, windows: Sequence[Tensor], block_length: int
-) -> dict[str, float]:
-    """The paper's Table 1 on batches [B, T + 1] of held-out text, cut in blocks of one length.
+    primary: Decoder, drafter: Drafter, windows: Sequence[Tensor], block_lengths: Sequence[int]
+) -> dict[str, Any]:
+    """The paper's Table 1 on batches [B, T + 1] of held-out text, for each block length.
 
     Percentages of positions where MS's argmax is the text's next token (accuracy) and ML's argmax (agreement); CE
-    against the text in nats; mean total variation distance between the two softmaxes.
+    against the text in nats; mean total variation distance between the two softmaxes. Every position that lies at
+    least max(block_lengths) - 1 behind a window's start is predicted as draft 0, 1, ... of a block; a block length's
+    figures are the means over its drafts. `by_position` lists them one by one.
     """
-    sums = dict.fromkeys(("accuracy", "agreement", "cross_entropy", "total_variation"), 0.0)
+    num_steps = max(block_lengths)
+    sums = torch.zeros(num_steps, len(_MEASURES), dtype=torch.float64)
     count = 0
     for batch in windows:
-        token_ids, targets = batch[:, :-1], batch[:, 1:]
-        ml, representations = _primary_pass(primary, drafter, token_ids)
-        ms = drafter_logits(drafter, token_ids, representations, _blocks(token_ids, block_length, 0)).float()
-        sums["accuracy"] += float((ms.argmax(-1) == targets).sum())
-        sums["agreement"] += float((ms.argmax(-1) == ml.argmax(-1)).sum())
-        sums["cross_entropy"] -= float(ms.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum())
-        sums["total_variation"] += float((ms.softmax(-1) - ml.softmax(-1)).abs().sum()) / 2
+        token_ids, targets = batch[:, :-1], batch[:, num_steps:]
+        view = primary_view(primary, token_ids, drafter_taps(drafter))
+        ml = view.logits[:, num_steps - 1 :].float()
+        seen: tuple[Tensor, Tensor] | None = None  # a plain drafter says the same at every step
+        for step, logits in enumerate(unroll(drafter, token_ids, view.representations, num_steps)):
+            if seen is None or seen[0] is not logits:
+                seen = logits, _measures(logits[:, num_steps - 1 :].float(), ml, targets)
+            sums[step] += seen[1]
         count += targets.numel()
-    scale = {"accuracy": 100.0, "agreement": 100.0}
-    return {name: scale.get(name, 1.0) * value / count for name, value in sums.items()}
-
-
-@torch.inference_mode()
-def evaluate_drafting(
-    primary: Decoder, drafter: Drafter, texts: Tensor, prompt_length: int, block_length: int
-) -> dict[str, Any]:
-    """Greedy drafting on the primary's own greedy texts [B, P + N]: what decoding would accept, found without decoding.
-
-    Every position is taken as the opening of a block once: while drafts equal the text, teacher forcing shows MS what
-    its own drafting would have shown it. `accepted_per_block` then follows the blocks that decoding would open
-    (a block opens behind the previous one's accepted drafts and ML's own token); `agreement` is the share of all
-    in-block predictions that equal ML's choice, over every opening.
-    """
-    hits = _hits(primary, drafter, texts, block_length)  # [B, T - G, G]
-    prefix = hits.cumprod(-1)
-    accepted = prefix.sum(-1).tolist()
-    reached = torch.zeros(block_length)
-    blocks = 0
-    for row, lengths in enumerate(accepted):
-        opening = prompt_length
-        while opening < len(lengths):
-            reached += prefix[row, opening]
-            blocks += 1
-            opening += lengths[opening] + 1
-    inside = hits[:, prompt_length:]
+    sums /= count
+    columns = {name: sums[:, i] * (100 if name in _PERCENT else 1) for i, name in enumerate(_MEASURES)}
     return {
-        "block_length": block_length,
-        "num_blocks": blocks,
-        "accepted_per_block": float(reached.sum()) / blocks,
-        "accepted_per_position": [round(float(x) / blocks, 4) for x in reached],
-        "agreement": 100 * float(inside.float().mean()),
-        "agreement_per_position": [round(100 * float(x), 2) for x in inside.float().mean((0, 1))],
+        "num_tokens": count,
+        "block_lengths": {
+            str(g): {name: float(values[:g].mean()) for name, values in columns.items()} for g in block_lengths
+        },
+        "by_position": {name: values.tolist() for name, values in columns.items()},
     }
 
 
-def compare(
-    primary: Decoder,
-    drafters: Mapping[str, Drafter],
-    windows: Sequence[Tensor],
-    prompts: Tensor,
-    *,
-    num_tokens: int = 128,
-    block_length: int = 5,
-) -> dict[str, Any]:
-    """All of the above for several drafters on the same texts; `windows` [B, T + 1] each, `prompts` [B, P]."""
-    texts = continuations(primary, prompts, num_tokens)
-    report: dict[str, Any] = {"primary": evaluate_primary(primary, windows), "drafters": {}}
-    for name, drafter in drafters.items():
-        report["drafters"][name] = {
-            "text": {
-                f"block_length_{g}": evaluate_on_text(primary, drafter, windows, g) for g in sorted({2, block_length})
-            },
-            "drafting": evaluate_drafting(primary, drafter, texts, prompts.shape[1], block_length),
-        }
-    return report
+def _measures(ms: Tensor, ml: Tensor, targets: Tensor) -> Tensor:
+    """Sums over positions of what _MEASURES names, from logits [B, T, V] and targets [B, T]."""
+    best = ms.argmax(-1)
+    return torch.stack(
+        [
+            (best == targets).sum().double(),
+            (best == ml.argmax(-1)).sum().double(),
+            -ms.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum().double(),
+            (ms.softmax(-1) - ml.softmax(-1)).abs().sum().double() / 2,
+        ]
+    ).cpu()
 
 
-def _primary_pass(primary: Decoder, drafter: Drafter, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """ML's logits [B, T, V] and the representations that this drafter reads, [B, T, num_taps, d_L]."""
-    num_tokens = token_ids.shape[1]
-    taps = drafter.taps if isinstance(drafter, TandemDrafter) else ()
-    positions = torch.arange(num_tokens, device=token_ids.device)
-    attend = causal_attention(primary.config, num_tokens, token_ids.device)
-    hidden, states = primary(token_ids, positions, attend, taps)
-    return primary.logits(hidden).float(), torch.stack(states, -2) if states else hidden.unsqueeze(-2)
+@dataclass(frozen=True)
+class OwnTexts:
+    """Texts [B, P + N] that the primary wrote: row r from seed + r, as `continuations` does."""
+
+    token_ids: Tensor
+    prompt_length: int
+    seed: int = 0
 
 
-def _blocks(token_ids: Tensor, block_length: int, opening: int) -> Tensor:
-    """Block numbers [1, T] where one block opens at position `opening` and each is block_length long."""
-    positions = torch.arange(token_ids.shape[1], device=token_ids.device)
-    return ((positions - opening) // block_length + 1).unsqueeze(0)
+@torch.inference_mode()
+def draft_hits(
+    primary: Decoder, drafter: Drafter | PromptLookup, texts: OwnTexts, num_steps: int, temperature: float = 0.0
+) -> Tensor:
+    """Whether draft s of a block opened at position n equals the text's token n + 1 + s: [B, T, num_steps] bool.
 
-
-def _hits(primary: Decoder, drafter: Drafter, texts: Tensor, block_length: int) -> Tensor:
-    """Whether draft i of a block opened at position n equals the text: [B, T - G, G] int64.
-
-    One pass for each of the G ways to lay blocks over the text opens a block at every position.
+    The drafter draws the primary's own noise, as in serving. False where the text has ended.
     """
-    _, representations = _primary_pass(primary, drafter, texts)
-    openings = texts.shape[1] - block_length
-    hits = torch.zeros(texts.shape[0], openings, block_length, dtype=torch.int64)
-    plain = isinstance(drafter, Decoder)
-    for shift in range(1 if plain else block_length):
-        logits = drafter_logits(drafter, texts, representations, _blocks(texts, block_length, shift))
-        right = (logits[:, :-1].argmax(-1) == texts[:, 1:]).long().cpu()
-        windows = right.unfold(1, block_length, 1)[:, :openings]  # [B, T - G, G]
-        first, step = (0, 1) if plain else (shift, block_length)
-        hits[:, first::step] = windows[:, first::step]
+    if isinstance(drafter, PromptLookup):
+        return drafter.hits(texts.token_ids, texts.prompt_length, num_steps)
+    batch, num_tokens = texts.token_ids.shape
+    hits = torch.zeros(batch, num_tokens, num_steps, dtype=torch.bool)
+    first = texts.prompt_length  # of the openings: nothing before it counts
+    for row, token_ids in enumerate(texts.token_ids.split(1)):
+        view = primary_view(primary, token_ids, drafter_taps(drafter))
+        params = SamplingParams(temperature, seed=texts.seed + row)
+        rows = SamplingRows.from_params([(params, p) for p in range(first + 1, num_tokens)], token_ids.device)
+        for step, logits in enumerate(unroll(drafter, token_ids, view.representations, num_steps)):
+            chosen = choose_token_ids(logits[0, first:-1].float(), rows).token_ids
+            right = chosen == token_ids[0, first + 1 :]  # of positions first ..
+            hits[row, first : num_tokens - 1 - step, step] = right[step:].cpu()
     return hits
+
+
+def drafting_figures(
+    hits: Iterable[tuple[Tensor, int]], block_lengths: Sequence[int], runs: Callable[[int], int] = lambda drafts: drafts
+) -> dict[str, Any]:
+    """What decoding would do with such drafts, found without decoding; for each block length.
+
+    Args:
+        hits: `draft_hits` of some texts, and their prompts' length.
+        runs: the drafter's passes for a block of so many drafts.
+
+    A response's first token comes with the prompt's pass. Then blocks follow each other as in serving: block_length
+    drafts, or as many as the response has left beside ML's own token, of which the accepted ones and ML's own token
+    move the sequence on. `agreement` is the share of all drafts, over every opening, that equal ML's choice,
+    whatever became of the block's earlier ones.
+    """
+    tables = list(hits)
+    figures = {}
+    for length in block_lengths:
+        walks = [_walk(row, start, length) for table, start in tables for row in _accepted(table)]
+        blocks = [block for walk in walks for block in walk if block.drafted]
+        reached = [sum(b.accepted > i for b in blocks) for i in range(length)]
+        offered = [sum(b.drafted > i for b in blocks) for i in range(length)]
+        drafted = sum(b.drafted for b in blocks)
+        figures[str(length)] = {
+            "num_blocks": len(blocks),
+            "accepted_per_block": sum(b.accepted for b in blocks) / max(1, len(blocks)),
+            "accepted_per_position": [r / max(1, o) for r, o in zip(reached, offered, strict=True)],
+            "acceptance_rate": sum(b.accepted for b in blocks) / max(1, drafted),
+            "agreement": 100 * _mean_agreement(tables, range(length)),
+            "primary_runs_per_response": 1 + sum(map(len, walks)) / len(walks),
+            "drafter_runs_per_response": sum(runs(b.drafted) for b in blocks) / len(walks),
+        }
+    longest = max(block_lengths)
+    return {
+        "num_responses": sum(len(table) for table, _ in tables),
+        "block_lengths": figures,
+        "agreement_by_position": [100 * _mean_agreement(tables, [i]) for i in range(longest)],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    drafted: int
+    accepted: int
+
+
+def _accepted(table: Tensor) -> list[list[int]]:
+    """How many drafts of a block are right from its start, for each row and opening of `draft_hits`."""
+    accepted: list[list[int]] = table.long().cumprod(-1).sum(-1).tolist()
+    return accepted
+
+
+def _walk(accepted: Sequence[int], start: int, block_length: int) -> list[_Block]:
+    """The rounds of one response whose first token is at position `start`."""
+    blocks: list[_Block] = []
+    opening, last = start, len(accepted) - 1
+    while opening < last:
+        drafted = min(block_length, last - opening - 1)
+        blocks.append(_Block(drafted, min(drafted, accepted[opening])))
+        opening += blocks[-1].accepted + 1
+    return blocks
+
+
+def _mean_agreement(tables: Sequence[tuple[Tensor, int]], steps: Iterable[int]) -> float:
+    right = count = 0
+    for table, start in tables:
+        for step in steps:
+            inside = table[:, start : table.shape[1] - 1 - step, step]
+            right, count = right + int(inside.sum()), count + inside.numel()
+    return right / max(1, count)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
 from tandem_serve.models.decoder import Decoder, masked_attention
+from tandem_serve.types import SamplingParams
 
 
 @torch.inference_mode()
@@ -14,15 +16,17 @@ def continuations(
 ) -> Tensor:
     """Continues prompts of equal length: [B, P] int64 -> [B, P + num_tokens], prompts included.
 
-    Greedy at temperature 0, else sampled. Goes on past an end-of-text token, as the training stream does. A plain
-    contiguous cache; serving has the paged one.
+    Greedy at temperature 0, else sampled as serving samples, row r with seed + r. Goes on past an end-of-text token, as
+    the training stream does. A plain contiguous cache; serving has the paged one.
     """
     batch, prompt_length = prompts.shape
     c, total = decoder.config, prompts.shape[1] + num_tokens
     shape = (c.num_layers, batch, total, c.num_kv_heads, c.head_dim)
     keys = torch.zeros(shape, dtype=decoder.dtype, device=prompts.device)
     values = torch.zeros_like(keys)
-    random = torch.Generator(device=prompts.device).manual_seed(seed)
+    rows = SamplingRows.from_params(
+        [(SamplingParams(temperature, seed=seed + row), prompt_length) for row in range(batch)], prompts.device
+    )
     token_ids = torch.cat((prompts, prompts.new_zeros(batch, num_tokens)), 1)
     all_positions = torch.arange(total, device=prompts.device)
 
@@ -41,12 +45,8 @@ def continuations(
 
     logits = extend(0, prompt_length)
     for position in range(prompt_length, total):
-        if temperature == 0:
-            chosen = logits.argmax(-1)
-        else:
-            weights = (logits.float() / temperature).softmax(-1)
-            chosen = torch.multinomial(weights, 1, generator=random).squeeze(-1)
-        token_ids[:, position] = chosen
+        token_ids[:, position] = choose_token_ids(logits.float(), rows).token_ids
+        rows = rows.advanced()
         if position + 1 < total:
             logits = extend(position, position + 1)
     return token_ids

@@ -1,4 +1,4 @@
-"""Prompts cut from the modules of this interpreter's library that the demo pair never saw."""
+"""Text that a pair was not trained on, and prompts cut from it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from tandem_serve.errors import ConfigError
-from tandem_serve.training.corpus import STDLIB_HELD_OUT, Document, stdlib_folder
+from tandem_serve.training.corpus import STDLIB_HELD_OUT, Document, read_documents, split_held_out, stdlib_folder
+
+HELD_OUT = "heldout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,62 @@ def read_held_out(file: Path) -> list[Document]:
     if not documents:
         raise ConfigError(f"{file}: this interpreter's library has none of the modules")
     return documents
+
+
+def evaluation_documents(source: str, field: str, primary: Path) -> list[Document]:
+    """The documents of a source that a primary was not trained on.
+
+    Args:
+        source: `heldout`, the source that the primary's provenance names; or any that read_documents takes; or a JSONL
+            file. Of the source that the primary was trained on, its held-out part; of any other, everything.
+        field: which key of a JSONL line is its text.
+
+    Raises:
+        ConfigError: naming what cannot be used.
+    """
+    provenance = _provenance(primary) if source == HELD_OUT or (primary / "provenance.json").is_file() else {}
+    trained_on = str(provenance.get("data", ""))
+    if source == HELD_OUT and not provenance.get("held_out"):
+        raise ConfigError(f"{primary}: its provenance names no held-out documents; name a source of text instead")
+    if source in (HELD_OUT, trained_on):
+        documents = read_documents(trained_on)
+        names = None if len(documents) == 1 else provenance.get("held_out")  # a single document was cut in two
+        return split_held_out(documents, names)[1]
+    if source.endswith(".jsonl"):
+        return [Document(f"{Path(source).name}:{n}", text) for n, text in enumerate(read_jsonl(Path(source), field), 1)]
+    return read_documents(source)
+
+
+def read_jsonl(file: Path, field: str, limit: int | None = None) -> list[str]:
+    """One field of the first `limit` lines of a JSONL file.
+
+    Raises:
+        ConfigError: naming the file, line or field that cannot be used.
+    """
+    texts: list[str] = []
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if len(texts) == limit:
+                    break
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                    raise ConfigError(f"{file}:{number}: no text in field {field!r}; choose another with --field")
+                texts.append(row[field])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read as JSON lines: {error}") from error
+    if not texts:
+        raise ConfigError(f"{file}: no text in it")
+    return texts
+
+
+def _provenance(primary: Path) -> dict[str, Any]:
+    file = primary / "provenance.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); name a file of text instead of heldout") from error
+    return found if isinstance(found, dict) else {}
 
 
 def heldout_prompts(

@@ -20,6 +20,7 @@ from tandem_serve.training.losses import next_token_loss
 from tandem_serve.training.run_folder import RunFolder
 from tandem_serve.training.tokenizer import END_OF_TEXT_ID, save_tokenizer, train_tokenizer
 from tandem_serve.training.trainer import Trainer, TrainerConfig
+from tandem_serve.training.workers import leader_first, leads, worker
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def train_primary(
     bf16 because that is what gets served: drafters must be trained against the rounded weights.
     """
     run = RunFolder(folder)
-    if not resume:
-        run.clear()
-    tokenizer = _tokenizer(run, training, shape)
+    with leader_first():
+        if leads() and not resume:
+            run.clear()
+        tokenizer = _tokenizer(run, training, shape)
     token_ids = encode_documents(training, tokenizer, END_OF_TEXT_ID)
-    windows = TokenWindows(token_ids, batches.sequence_length, batches.batch_size, batches.seed)
+    windows = TokenWindows(token_ids, batches.sequence_length, batches.batch_size, batches.seed, worker())
     identity = {
         "data_hash": corpus_hash(training),
         "shape": json.dumps(asdict(shape), sort_keys=True),
@@ -88,10 +90,14 @@ def train_primary(
     }
     decoder = Decoder(shape, device=trainer.device).init_weights(batches.seed)
     task = PrimaryTask(decoder, windows, identity, trainer.device)
-    run.write_provenance({**(details or {}), **identity, "num_tokens": len(token_ids), "num_steps": trainer.num_steps})
+    if leads():
+        sizes = {"num_tokens": len(token_ids), "num_steps": trainer.num_steps}
+        run.write_provenance({**(details or {}), **identity, **sizes})
     loop = Trainer(task, trainer, run)
     loop.resume()
     loop.run()
+    if not leads():
+        return folder / "model"
     with atomic_folder(folder / "model") as fresh:
         write_model(decoder.to(torch.bfloat16), fresh, tokenizer_from=folder / "tokenizer")
         run.stamp(fresh)

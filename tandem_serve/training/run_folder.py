@@ -84,8 +84,8 @@ class RunFolder:
         fresh.replace(file)
 
     def write_provenance(self, details: Mapping[str, Any]) -> None:
-        """Adds how this run came about to what the details say. Overwrites: the last resumption counts."""
-        record = {**details, **provenance()}
+        """Adds how this run came about to what the details say; they have the last word, and the last resumption."""
+        record = {**provenance(), **details}
         (self.path / _PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def stamp(self, model_folder: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tandem_serve.errors import ConfigError
 from tandem_serve.training.optimizer import ModelOptimizer, OptimizerConfig, rate_factor
 from tandem_serve.training.run_folder import RunFolder
+from tandem_serve.training.workers import average_gradients, average_values, leads
 
 
 class Task(Protocol):
@@ -36,7 +37,7 @@ class Task(Protocol):
         ...
 
     def losses(self, step: int, num_steps: int) -> dict[str, Tensor]:
-        """One scalar per model, by the same names. Each may depend on its own model only."""
+        """One scalar per model that has a loss of its own, by the same names; their sum is what falls."""
         ...
 
 
@@ -44,6 +45,7 @@ class Task(Protocol):
 class TrainerConfig:
     num_steps: int
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rate_scales: Mapping[str, float] = field(default_factory=dict)  # of some models' learning rates, by name
     precision: str = "auto"  # bf16 | fp32 | auto
     device: str = "cpu"
     checkpoint_interval_s: float = 45.0
@@ -68,7 +70,10 @@ def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
 
 
 class Trainer:
-    """Runs a task from the folder's state, or from the start, to the last step."""
+    """Runs a task from the folder's state, or from the start, to the last step.
+
+    Of several workers each runs its own, on its share of every batch; the leading one alone logs and saves.
+    """
 
     def __init__(self, task: Task, config: TrainerConfig, folder: RunFolder) -> None:
         self._task = task
@@ -96,21 +101,22 @@ class Trainer:
             model.load_state_dict(state["models"][name])
             self._optimizers[name].load_state_dict(state["optimizers"][name])
         self._step, self._elapsed_s = state["step"], state["elapsed_s"]
-        self._folder.truncate_log(self._step)
+        if leads():
+            self._folder.truncate_log(self._step)
         return True
 
     def run(self) -> None:
         """Trains to the end. State is saved on a time interval and at the end."""
         config, start = self._config, time.monotonic() - self._elapsed_s
         saved = time.monotonic()
-        with _progress(config.quiet) as bar:
+        with _progress(config.quiet or not leads()) as bar:
             shown = bar.add_task("training", total=config.num_steps, completed=self._step, note="")
             while self._step < config.num_steps:
                 record = self._one_step()
                 self._step += 1
                 self._elapsed_s = time.monotonic() - start
                 rate = self._step * self._task.tokens_per_step / self._elapsed_s
-                if record["step"] % config.log_every == 0 or self._step == config.num_steps:
+                if leads() and (record["step"] % config.log_every == 0 or self._step == config.num_steps):
                     self._folder.log({**record, "tokens_per_s": round(rate, 1), "elapsed_s": round(self._elapsed_s, 1)})
                 losses = " ".join(f"{name} {value:.3f}" for name, value in record["losses"].items())
                 bar.update(shown, completed=self._step, note=f"{rate:,.0f} tokens/s  loss {losses}")
@@ -124,17 +130,20 @@ class Trainer:
         with autocast(config.precision, config.device):
             losses = self._task.losses(self._step, config.num_steps)
         torch.stack(list(losses.values())).sum().backward()
+        average_gradients(p for model in self._task.models.values() for p in model.parameters())
         rate = rate_factor(self._step, config.num_steps, config.optimizer)
-        norms = {name: optimizer.step(rate) for name, optimizer in self._optimizers.items()}
+        norms = {name: o.step(rate * config.rate_scales.get(name, 1.0)) for name, o in self._optimizers.items()}
         return {
             "step": self._step,
             "tokens": (self._step + 1) * self._task.tokens_per_step,
-            "losses": {name: round(float(loss.detach()), 5) for name, loss in losses.items()},
+            "losses": {name: round(loss, 5) for name, loss in average_values(losses).items()},
             "gradient_norms": {name: round(norm, 4) for name, norm in norms.items()},
             "rate": round(rate, 5),
         }
 
     def _save(self) -> None:
+        if not leads():
+            return
         self._folder.save_state(
             {
                 "identity": dict(self._task.identity),

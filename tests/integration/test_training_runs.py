@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from tandem_serve import cli
 from tandem_serve.models.checkpoint import drafter_info, fingerprint, load_decoder, load_drafter, primary_info
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemDrafter
-from tandem_serve.training.demo import EvaluationSize, assemble_demo
+from tandem_serve.training.demo import assemble_demo
+from tandem_serve.training.evaluate_pair import EvaluationPlan
 from tandem_serve.training.held_out import read_held_out
 from tandem_serve.training.primary import sequence_logits
 from tandem_serve.training.run_folder import RunFolder
@@ -150,21 +153,36 @@ def test_another_runs_state_is_refused(corpus: Path, primary_run: Path, tmp_path
     assert subprocess.run([*command, "--no-resume"], capture_output=True, timeout=120).returncode == 0
 
 
-def test_evaluate_reports_both_drafters(corpus: Path, primary_run: Path, drafter_run: Path) -> None:
-    folders = [f"--drafter={name}={drafter_run / name}" for name in ("drafter", "plain-drafter")]
-    command = [sys.executable, "-m", "tandem_serve.cli_train", "evaluate", "--primary", str(primary_run / "model")]
-    command += [*folders, "--data", "stdlib", "--limit", "2", "--threads", "1"]
-    report = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=120).stdout)
-    assert set(report["drafters"]) == {"drafter", "plain-drafter"}
+def test_eval_reports_every_drafter(primary_run: Path, drafter_run: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"def function_{i}_7(value):" * (1 + i)}) + "\n" for i in range(3))
+    )
+    arguments = [f"--drafter={name}={drafter_run / name}" for name in ("drafter", "plain-drafter")]
+    text = tmp_path / "text.py"
+    text.write_text("".join(f"def function_{i}(value):\n    return value + {i}\n\n" for i in range(200)))
+    arguments += ["--primary", str(primary_run / "model"), "--data", str(text), "--windows", "1"]
+    arguments += ["--prompts", str(prompts), "--json", str(tmp_path / "e.json")]
+    arguments += ["--block-lengths", "1..4,6", "--temperatures", "0,0.8", "--num-tokens", "12", "--couplings"]
+    result = CliRunner().invoke(cli.app, ["eval", *arguments])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["kind"] == "eval" and set(report["drafters"]) == {"drafter", "plain-drafter"}
     for figures in report["drafters"].values():
-        assert 0 <= figures["drafting"]["accepted_per_block"] <= 5
-        assert 0 < figures["text"]["block_length_2"]["total_variation"] < 1
-    assert "accepted_per_block_percent" in report["tandem_against_plain"]
+        assert set(figures["drafting"]) == {"0", "0.8"} and figures["num_parameters"] > 0
+        for drafting in figures["drafting"].values():
+            assert list(drafting["block_lengths"]) == ["1", "2", "3", "4", "6"] and drafting["num_responses"] == 3
+            assert 0 <= drafting["block_lengths"]["4"]["accepted_per_block"] <= 4
+        assert 0 < figures["text"]["block_lengths"]["2"]["total_variation"] < 1
+        assert set(figures["couplings"]) == {"0.2", "0.4", "0.6", "0.8", "1", "1.2"}
+    plain = report["drafters"]["plain-drafter"]["text"]["by_position"]["agreement"]
+    assert len(set(plain)) == 1  # blocks mean nothing to it
 
 
 def test_a_pair_is_assembled_with_cards_and_figures(primary_run: Path, drafter_run: Path, tmp_path: Path) -> None:
-    size = EvaluationSize(num_windows=1, num_prompts=2, prompt_tokens=20, num_tokens=20)
-    report = assemble_demo(primary_run, drafter_run, tmp_path / "pair", size)
+    sizes = {"num_windows": 1, "window_tokens": 64, "num_prompts": 2, "prompt_tokens": 20, "num_tokens": 20}
+    plan = EvaluationPlan(block_lengths=(2, 5), **sizes)
+    report = assemble_demo(primary_run, drafter_run, tmp_path / "pair", plan)
     pair = tmp_path / "pair"
     assert json.loads((pair / "evaluation.json").read_text()) == report
     assert read_held_out(pair / "heldout.json")
@@ -172,7 +190,7 @@ def test_a_pair_is_assembled_with_cards_and_figures(primary_run: Path, drafter_r
         load_drafter(pair / name)
         assert RunFolder(pair / name).read_provenance()["data_hash"]
     assert f"Loss {report['primary']['loss']:.3f}" in (pair / "primary" / "README.md").read_text()
-    accepted = report["drafters"]["drafter"]["drafting"]["accepted_per_block"]
+    accepted = report["drafters"]["drafter"]["drafting"]["0"]["block_lengths"]["5"]["accepted_per_block"]
     assert f"**{accepted:.2f}**" in (pair / "drafter" / "README.md").read_text()
 
 
