@@ -1,0 +1,1 @@
+"""`tandem-serve report`: what evaluations, benchmarks and training runs wrote, as one HTML file beside the paper."""
