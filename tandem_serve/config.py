@@ -92,6 +92,7 @@ class DrafterEngineConfig(_Part):
     max_num_seqs: int = Field(256, ge=1)
     kv_cache_tokens: int = Field(262_144, ge=64)
     max_block_length: int = Field(32, ge=1, le=64)
+    draft_ahead: bool = True  # while a block is verified, draft what may follow it (tandem drafters)
     idle_timeout_s: float = Field(60.0, gt=0)  # a sequence not heard of for so long is dropped
     representation_dtype: Literal["bf16", "int8", "f32"] = "bf16"
     credit_bytes: int = Field(64 << 20, ge=1 << 16)  # a stream's bytes in flight

@@ -147,5 +147,7 @@ class DrafterMetrics:
         self.starved = Counter(
             "tandem:drafter_starved_seconds", "Time that it stood still while it held sequences.", registry=r
         )
+        ahead = Counter("tandem:drafter_ahead_rounds", "Rounds drafted ahead of.", ["result"], registry=r)
+        self.ahead_hits, self.ahead_misses = ahead.labels("hit"), ahead.labels("miss")
         rejections = Counter("tandem:drafter_rejections", "Sequences rejected or evicted.", ["retryable"], registry=r)
         self.rejections = {is_retryable: rejections.labels(str(is_retryable).lower()) for is_retryable in (False, True)}

@@ -87,7 +87,8 @@ class DraftCache:
         self.drop(peer_id, command.sequence_id)
         if len(self) >= self._config.max_num_seqs:
             self._evict_idle(f"{self._config.max_num_seqs} sequences are in use")
-        self._reserve(KV_BLOCK_SIZE)
+        while not self.budget.try_reserve(KV_BLOCK_SIZE):
+            self._evict_idle("no room for another sequence in the KV cache")
         kv = KvBuffer(self._decoder.config, KV_BLOCK_SIZE, self._decoder.dtype, self._decoder.device)
         sequence = DraftSequence(
             peer_id, command.sequence_id, command.incarnation, command.sampling, kv, KV_BLOCK_SIZE, now_s
@@ -108,14 +109,21 @@ class DraftCache:
         Raises:
             Overloaded: the sequences in use leave no memory for it.
         """
+        while not self.try_make_room(sequence, num_positions):
+            self._evict_idle(f"no room for a sequence of {num_positions} positions in the KV cache")
+
+    def try_make_room(self, sequence: DraftSequence, num_positions: int) -> bool:
+        """The same, without evicting anything: whether there was memory for it."""
         if num_positions <= sequence.kv.capacity:
-            return
+            return True
         limit = self.budget.round_up(self._decoder.config.max_position_embeddings)
         wished = self.budget.round_up(num_positions + num_positions // 2)
         capacity = max(min(wished, limit), self.budget.round_up(num_positions))
-        self._reserve(capacity - sequence.reserved_tokens)
+        if not self.budget.try_reserve(capacity - sequence.reserved_tokens):
+            return False
         sequence.reserved_tokens = capacity
         sequence.kv.grow(capacity, sequence.num_received + len(sequence.tail))
+        return True
 
     def drop(self, peer_id: str, sequence_id: str) -> None:
         """Forgets a sequence; unknown ones are ignored."""
@@ -132,10 +140,6 @@ class DraftCache:
         """When the longest idle sequence expires; infinity where there is none."""
         longest_idle = next(iter(self), None)
         return float("inf") if longest_idle is None else longest_idle.used_at_s + self._config.idle_timeout_s
-
-    def _reserve(self, num_tokens: int) -> None:
-        while not self.budget.try_reserve(num_tokens):
-            self._evict_idle(f"no room for {num_tokens} more tokens of KV cache")
 
     def _evict_idle(self, why: str) -> None:
         longest_idle = next(iter(self), None)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
 from tandem_serve.decoding.stopping_rules import UNTRAINED, Scorer
+from tandem_serve.engine.draft_ahead import MAX_DRAFTS, OpenBlock
 from tandem_serve.engine.draft_cache import DraftSequence
 from tandem_serve.engine.draft_loop import DraftJob, draft_blocks
 from tandem_serve.engine.draft_scores import AcceptanceScorer
@@ -84,6 +86,13 @@ class DraftModel:
             kept = sequence.tail[: rounds[sequence].num_unverified or 0]
             sequence.tail = [*kept, jobs[sequence].token_ids[-1], *drafts[:-1]]
         return blocks
+
+    def open_block(self, sequence: DraftSequence, opening_token_id: int, drafts: Seq[int]) -> OpenBlock | None:
+        """A block that may be drafted ahead of. None: it is too long, near the last position, or MS is a plain
+        drafter, which keeps what it has run of the text and has no places to spare for branches."""
+        block = OpenBlock(sequence.kv, sequence.num_cached, (opening_token_id, *drafts), sequence.sampling)
+        has_room = block.last_position < self.decoder.config.max_position_embeddings
+        return block if self._tandem is not None and 0 < len(drafts) <= MAX_DRAFTS and has_room else None
 
     def _write_representations(self, tandem: TandemDrafter, entries: list[tuple[DraftSequence, int, Tensor]]) -> None:
         """Keys and values of verified positions from the primary's taps (paper Eq. 2), all sequences in one pass."""

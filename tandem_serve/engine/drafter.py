@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tandem_serve.config import DrafterEngineConfig
+from tandem_serve.engine.draft_ahead import DraftsAhead
 from tandem_serve.engine.draft_cache import DraftCache, DraftSequence
 from tandem_serve.engine.draft_model import DraftModel
 from tandem_serve.engine.validation import check_extend, check_open
@@ -82,6 +83,8 @@ class DrafterEngine:
         self._model = DraftModel(model, acceptance)
         self._clock = clock
         self._cache = DraftCache(self._model.decoder, config, self._on_evict)
+        self._ahead = DraftsAhead(self._model.decoder)
+        self._may_draft_ahead = config.draft_ahead
         self._peers: dict[str, _Peer] = {}
         self._wake = threading.Event()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -91,6 +94,7 @@ class DrafterEngine:
         # Of the present step: what each sequence is to take in, and the latest round that asks for a block.
         self._arrived: dict[DraftSequence, list[ExtendSequence]] = {}
         self._rounds: dict[DraftSequence, ExtendSequence] = {}
+        self._blocks: dict[DraftSequence, tuple[int, ...]] = {}  # that it has sent: opening token and drafts
 
     # -------------------------------------------------------------- any thread
 
@@ -146,7 +150,7 @@ class DrafterEngine:
     def _loop(self) -> None:
         while not self._is_stopping:
             try:
-                if self.step():
+                if self.step() or self.draft_ahead():
                     continue
             except Exception:
                 _log.exception("a drafter step failed")
@@ -166,8 +170,10 @@ class DrafterEngine:
         had_work = bool(self._inbox)
         for _ in range(len(self._inbox)):
             self._inbox.popleft()()
+        self._answer_from_ahead(started)
         self._guard(self._take_in, self._arrived)
         has_drafted = self._guard(lambda: self._draft(started), self._rounds)
+        self._begin_ahead()
         self._arrived.clear()
         self._rounds.clear()
         self._cache.expire(started)
@@ -181,6 +187,19 @@ class DrafterEngine:
         if has_drafted:
             self._num_failed_steps = 0
         return had_work or has_events
+
+    @torch.inference_mode()
+    def draft_ahead(self) -> bool:
+        """One pass towards the blocks that may be asked for next. False: there is nothing to do.
+
+        For when `step` has had nothing to do. An engine that is stepped by hand drafts ahead only where told to.
+        """
+        try:
+            return self._ahead.advance()
+        except Exception:  # what is drafted ahead is never owed to anyone
+            _log.exception("drafting ahead failed; what there was of it is dropped")
+            self._ahead.clear()
+            return False
 
     def _guard(self, stage: Callable[[], None], involved: Mapping[DraftSequence, object]) -> bool:
         """Runs one stage of a step; should it raise, the sequences involved are dropped and the engine goes on.
@@ -265,6 +284,8 @@ class DrafterEngine:
         self._cache.drop(sequence.peer_id, sequence.sequence_id)
         self._arrived.pop(sequence, None)
         self._rounds.pop(sequence, None)
+        self._blocks.pop(sequence, None)
+        self._ahead.take(sequence)
 
     # -------------------------------------------------------------- computing
 
@@ -278,15 +299,49 @@ class DrafterEngine:
         blocks = self._model.draft(self._rounds)
         elapsed = self._clock() - started_at_s
         for sequence, command in self._rounds.items():
-            drafts = tuple(blocks.get(sequence, ()))
-            block = DraftBlock(sequence.sequence_id, sequence.incarnation, command.round, drafts, elapsed)
-            self._peers[sequence.peer_id].events.append(block)
+            self._answer(sequence, command, tuple(blocks.get(sequence, ())), started_at_s, elapsed)
+
+    def _answer(
+        self,
+        sequence: DraftSequence,
+        command: ExtendSequence,
+        drafts: tuple[int, ...],
+        started_at_s: float,
+        elapsed_s: float,
+    ) -> None:
+        block = DraftBlock(sequence.sequence_id, sequence.incarnation, command.round, drafts, elapsed_s)
+        self._peers[sequence.peer_id].events.append(block)
+        if drafts and command.next_token_id is not None:
+            self._blocks[sequence] = (command.next_token_id, *drafts)
+            self.metrics.blocks.inc()
             self.metrics.draft_tokens.inc(len(drafts))
-            if (round_ := TraceContext.parse(command.traceparent)) is not None:
-                attributes = {"num_draft_tokens": len(drafts), "num_sequences": len(blocks)}
-                end_s = started_at_s + elapsed
-                self._spans(Span("draft", round_.child(), round_, started_at_s, end_s, attributes))
-        self.metrics.blocks.inc(len(blocks))
+        if (round_ := TraceContext.parse(command.traceparent)) is not None:
+            attributes = {"num_draft_tokens": len(drafts), "num_sequences": len(self._rounds)}
+            self._spans(Span("draft", round_.child(), round_, started_at_s, started_at_s + elapsed_s, attributes))
+
+    def _answer_from_ahead(self, started_at_s: float) -> None:
+        """Rounds whose blocks are there already go out before anything is computed."""
+        for sequence, commands in self._arrived.items():
+            ahead = self._ahead.take(sequence)  # in any case: its places are about to be written
+            command = self._rounds.get(sequence)
+            if ahead is None or command is None or command.next_token_id is None or not command.block_length:
+                continue
+            token_ids = [token_id for each in commands for token_id in each.token_ids]
+            drafts = ahead.drafts_after(commands[0].start_position, token_ids, command.next_token_id)
+            (self.metrics.ahead_hits if drafts else self.metrics.ahead_misses).inc()
+            if drafts:
+                del self._rounds[sequence]
+                self._answer(sequence, command, drafts[: command.block_length], started_at_s, self._clock() - started_at_s)
+        if self._blocks:
+            self._deliver()
+
+    def _begin_ahead(self) -> None:
+        """Notes what may be drafted ahead, once this step has nothing else to write."""
+        for sequence, (opening_token_id, *drafts) in self._blocks.items():
+            block = self._model.open_block(sequence, opening_token_id, drafts) if self._may_draft_ahead else None
+            if block is not None and self._cache.try_make_room(sequence, block.num_positions):
+                self._ahead.begin(sequence, block)
+        self._blocks.clear()
 
     # -------------------------------------------------------------- answers
 
@@ -321,4 +376,5 @@ class DrafterEngine:
         self._reject(sequence.peer_id, sequence.sequence_id, sequence.incarnation, error)
 
     def _on_evict(self, sequence: DraftSequence, why: str) -> None:
+        self._ahead.take(sequence)
         self._give_up(sequence, Overloaded(why))
