@@ -260,8 +260,8 @@ def router(
 def demo(
     runs: Annotated[Path, typer.Option(help="Folder of the two runs' states and logs.")] = Path("runs/demo"),
     out: Annotated[Path, typer.Option(help="Where the finished pair goes.")] = Path("models/demo"),
-    primary_tokens: Tokens = "11M",
-    drafter_tokens: Tokens = "5M",
+    primary_tokens: Tokens = "6M",
+    drafter_tokens: Tokens = "3M",
     threads: Threads = 0,
     compile: Compile = True,
     quiet: bool = False,
