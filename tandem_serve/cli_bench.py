@@ -36,7 +36,9 @@ def decode(
     ] = "heldout",
     field: Annotated[str, typer.Option(help="Which key of a JSONL line is the prompt.")] = "prompt",
     limit: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 40,
-    modes: Annotated[str, typer.Option(help="Of plain, plain-drafter, tandem.")] = "plain,plain-drafter,tandem",
+    modes: Annotated[
+        str, typer.Option(help="Of plain, plain-drafter, tandem; tandem@grpc: over gRPC whatever --transport says.")
+    ] = "plain,plain-drafter,tandem",
     block_length: Annotated[int, typer.Option(min=1, max=32, help="Drafts a round.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a completion.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy; else seeded by prompt.")] = 0.0,
@@ -55,16 +57,14 @@ def decode(
 
     tokens/s leaves out the prompt's own pass: first token to last. Only float32 promises tokens identical to plain.
     """
-    from tandem_serve.bench.run_decode import DRAFTER_FOLDERS, DecodeOptions, run_decode
+    from tandem_serve.bench.run_decode import MODES, DecodeOptions, run_decode
     from tandem_serve.bench.tables import ProgressBar, print_decode
     from tandem_serve.cli_errors import reported
     from tandem_serve.models.pairs import pair_folder
 
     chosen = tuple(name.strip() for name in modes.split(","))
-    if unknown := sorted({*chosen} - {"plain", *DRAFTER_FOLDERS}):
-        raise typer.BadParameter(
-            f"unknown: {', '.join(unknown)}; known: plain, plain-drafter, tandem", param_hint="--modes"
-        )
+    if unknown := sorted({*chosen} - {*MODES}):
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(MODES)}", param_hint="--modes")
     with reported():
         options = DecodeOptions(
             pair=pair_folder(pair),

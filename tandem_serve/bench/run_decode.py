@@ -33,6 +33,7 @@ from tandem_serve.models.inflate import inflate
 from tandem_serve.rpc.drafting_client import GrpcLinkFactory
 
 DRAFTER_FOLDERS = {"tandem": "drafter", "plain-drafter": "plain-drafter"}
+MODES = ("plain", *DRAFTER_FOLDERS, *(f"{name}@grpc" for name in DRAFTER_FOLDERS))
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,20 @@ def _mode(name: str, options: DecodeOptions, decoder: Any, info: Any, config: Pr
         yield mode
         mode.close()
         return
-    folder = options.pair / DRAFTER_FOLDERS[name]
+    drafter, _, transport = name.partition("@")
+    folder = options.pair / DRAFTER_FOLDERS[drafter]
     if not folder.is_dir():
         raise ConfigError(f"mode {name}: the pair has no folder {folder.name}")
-    with _drafter(folder, options) as (factory, address):
+    with _drafter(folder, options, transport or options.transport) as (factory, address):
         mode = Mode(name, decoder, info, config, factory, address)
         yield mode
         mode.close()
 
 
 @contextlib.contextmanager
-def _drafter(folder: Path, options: DecodeOptions) -> Iterator[tuple[Any, str]]:
+def _drafter(folder: Path, options: DecodeOptions, transport: str) -> Iterator[tuple[Any, str]]:
     """A way to reach a drafter of that checkpoint, and its address."""
-    if options.transport == "grpc":
+    if transport == "grpc":
         pin_to_core(0)
         with drafter_process(folder, options.drafter_dtype, core=1) as address:
             yield GrpcLinkFactory(), address

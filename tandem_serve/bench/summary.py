@@ -54,7 +54,13 @@ def summarize(runs: Sequence[PromptRun], plain: Sequence[PromptRun] | None) -> d
     }
 
 
-_COMPARED = (("tandem", "plain"), ("tandem", "plain-drafter"), ("plain-drafter", "plain"), ("observed", "bare"))
+_COMPARED = (
+    ("tandem", "plain"),
+    ("tandem", "plain-drafter"),
+    ("plain-drafter", "plain"),
+    ("tandem@grpc", "tandem"),
+    ("observed", "bare"),
+)
 
 
 def ratios(runs: Mapping[str, Sequence[PromptRun]]) -> dict[str, float]:
