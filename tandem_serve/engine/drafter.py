@@ -331,7 +331,8 @@ class DrafterEngine:
             (self.metrics.ahead_hits if drafts else self.metrics.ahead_misses).inc()
             if drafts:
                 del self._rounds[sequence]
-                self._answer(sequence, command, drafts[: command.block_length], started_at_s, self._clock() - started_at_s)
+                elapsed = self._clock() - started_at_s
+                self._answer(sequence, command, drafts[: command.block_length], started_at_s, elapsed)
         if self._blocks:
             self._deliver()
 
