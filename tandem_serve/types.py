@@ -279,6 +279,11 @@ class ExtendSequence:
     # the verified ones and next_token_id, which is the last of them. None: drafts are verified.
     num_unverified: int | None = None
 
+    @property
+    def is_of_fixed_length(self) -> bool:
+        """Whether it asks for block_length drafts that are then verified: what a drafter can foresee."""
+        return self.block_length > 0 and self.stopping is None and self.num_unverified is None
+
 
 @dataclass(frozen=True, slots=True)
 class CloseSequence:

@@ -312,7 +312,8 @@ class DrafterEngine:
         block = DraftBlock(sequence.sequence_id, sequence.incarnation, command.round, drafts, elapsed_s)
         self._peers[sequence.peer_id].events.append(block)
         if drafts and command.next_token_id is not None:
-            self._blocks[sequence] = (command.next_token_id, *drafts)
+            if self._may_draft_ahead and command.is_of_fixed_length:
+                self._blocks[sequence] = (command.next_token_id, *drafts)
             self.metrics.blocks.inc()
             self.metrics.draft_tokens.inc(len(drafts))
         if (round_ := TraceContext.parse(command.traceparent)) is not None:
@@ -324,7 +325,7 @@ class DrafterEngine:
         for sequence, commands in self._arrived.items():
             ahead = self._ahead.take(sequence)  # in any case: its places are about to be written
             command = self._rounds.get(sequence)
-            if ahead is None or command is None or command.next_token_id is None or not command.block_length:
+            if ahead is None or command is None or command.next_token_id is None or not command.is_of_fixed_length:
                 continue
             token_ids = [token_id for each in commands for token_id in each.token_ids]
             drafts = ahead.drafts_after(commands[0].start_position, token_ids, command.next_token_id)
@@ -339,7 +340,7 @@ class DrafterEngine:
     def _begin_ahead(self) -> None:
         """Notes what may be drafted ahead, once this step has nothing else to write."""
         for sequence, (opening_token_id, *drafts) in self._blocks.items():
-            block = self._model.open_block(sequence, opening_token_id, drafts) if self._may_draft_ahead else None
+            block = self._model.open_block(sequence, opening_token_id, drafts)
             if block is not None and self._cache.try_make_room(sequence, block.num_positions):
                 self._ahead.begin(sequence, block)
         self._blocks.clear()
