@@ -11,17 +11,25 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tandem_serve.errors import CheckpointError
+from tandem_serve.models.untrusted import check_files, check_tokenizer
+
+_MAX_ADDED_TOKENS = 64
 
 
 def resolve_folder(path_or_hub_id: str | Path) -> Path:
     """A checkpoint's local folder; a hub id is downloaded (or found in the cache) first.
 
     Raises:
-        CheckpointError: where there is neither such a folder nor such a repository.
+        CheckpointError: where there is neither such a folder nor such a repository, or files in it are not to be had.
     """
     folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
+    if not folder.is_dir():
+        folder = _download(path_or_hub_id)
+    check_files(folder)
+    return folder
+
+
+def _download(path_or_hub_id: str | Path) -> Path:
     name = str(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or name[0] in "./":
         raise CheckpointError(f"{name}: no such folder, and not a hub id (owner/name)")
@@ -40,15 +48,21 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        CheckpointError: where tokenizer.json is missing or unreadable.
+        CheckpointError: where tokenizer.json is missing, unreadable or made to exhaust memory.
     """
     file = resolve_folder(path_or_hub_id) / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent}: no tokenizer.json")
+    content = read_json(file)
     try:
-        return Tokenizer.from_file(str(file))
+        check_tokenizer(content)
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()  # how a batch was last padded or cut is not what the ids mean
+        tokenizer.no_truncation()
+        num_added = len(tokenizer.encode("").ids)
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    if num_added > _MAX_ADDED_TOKENS:
+        raise CheckpointError(f"{file}: adds {num_added} tokens to every prompt; at most {_MAX_ADDED_TOKENS}")
+    return tokenizer
 
 
 def tokenizer_hash(path_or_hub_id: str | Path) -> str:
@@ -84,7 +98,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent}: no {file.name}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: expected a JSON object")

@@ -89,9 +89,7 @@ class Shards:
             return files
         if (self.folder / WEIGHTS_FILE).is_file():
             return [WEIGHTS_FILE]
-        pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*"))
-        hint = "; pickled weights (.bin, .pt) can run code and are refused: convert them to safetensors"
-        raise CheckpointError(f"{self.folder}: no {WEIGHTS_FILE} or {INDEX_FILE}{hint if pickled else ''}")
+        raise CheckpointError(f"{self.folder}: no {WEIGHTS_FILE} or {INDEX_FILE}")
 
     def copy_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fills every tensor from its file, one at a time: peak memory is the model and one tensor."""
