@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tandem_serve import cli_bench, cli_complete, cli_demo, cli_serve, cli_train
+from tandem_serve import cli_bench, cli_complete, cli_demo, cli_k8s, cli_keys, cli_serve, cli_train
 
 app = typer.Typer(
     name="tandem-serve",
@@ -26,6 +26,8 @@ app.command("eval")(cli_bench.evaluate)
 app.command("report")(cli_bench.report)
 app.command("reproduce")(cli_bench.reproduce)
 app.add_typer(cli_bench.app, name="bench")
+app.add_typer(cli_keys.app, name="keys")
+app.add_typer(cli_k8s.app, name="k8s")
 
 
 def main() -> None:

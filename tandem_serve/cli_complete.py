@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from tandem_serve.engine.async_primary import AsyncPrimary
     from tandem_serve.serving.completion import TextCompletion
     from tandem_serve.types import TextDelta, TextRequest
+
+
+API_KEY = "TANDEM_API_KEY"
 
 
 def complete(
@@ -38,7 +42,10 @@ def complete(
     num_threads: Annotated[int, typer.Option(min=1, help="torch threads, with --pair.")] = 1,
     plain: Annotated[bool, typer.Option("--plain", help="The same as --block-length 0.")] = False,
 ) -> None:
-    """Complete a prompt. Green text was drafted and accepted; the rest is the primary's own."""
+    """Complete a prompt. Green text was drafted and accepted; the rest is the primary's own.
+
+    Where the router wants an API key, it is taken from the environment: TANDEM_API_KEY.
+    """
     import sys
 
     from tandem_serve.types import DecodingMode, PolicyName, TextRequest
@@ -69,6 +76,12 @@ def complete(
         else:
             deltas = _from_http(request, with_scheme(url or "127.0.0.1:8000"))
         _show(request, deltas)
+
+
+def authorization_header() -> dict[str, str]:
+    """With the key in the environment, where there is one: never an argument, which other users could see."""
+    key = os.environ.get(API_KEY)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def with_scheme(url: str) -> str:
@@ -106,7 +119,9 @@ def _show(request: TextRequest, deltas: Iterator[TextDelta]) -> None:
 def _from_http(request: TextRequest, url: str) -> Iterator[TextDelta]:
     import openai
 
-    return _read_http(request, url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
+    return _read_http(
+        request, url, openai.OpenAI(base_url=f"{url}/v1", api_key=os.environ.get(API_KEY, "none"), max_retries=0)
+    )
 
 
 def _read_http(request: TextRequest, url: str, client: openai.OpenAI) -> Iterator[TextDelta]:
@@ -156,7 +171,7 @@ def _read_http(request: TextRequest, url: str, client: openai.OpenAI) -> Iterato
 def _from_grpc(request: TextRequest, address: str) -> Iterator[TextDelta]:
     from tandem_serve.rpc.inference_client import InferenceClient
 
-    with InferenceClient(address) as client:
+    with InferenceClient(address, api_key=os.environ.get(API_KEY)) as client:
         yield from client.complete(request)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tandem_serve.cli_complete import with_scheme
+from tandem_serve.cli_complete import API_KEY, authorization_header, with_scheme
 from tandem_serve.cli_errors import reported
 
 File = Annotated[Path, typer.Argument(help="A cluster file, e.g. deployments/demo.yaml.", show_default=False)]
@@ -27,6 +27,9 @@ Observability = Annotated[
     Path | None, typer.Option(help="A cluster file, for its observability section: traces and logs.")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="torch threads.")]
+TlsFolder = Annotated[
+    str | None, typer.Option(help="tls.crt, tls.key, ca.crt for mutual TLS between pools. Default: plain text.")
+]
 Addresses = Annotated[list[str] | None, typer.Option(help="host:port; may be given several times.")]
 
 # ------------------------------------------------------------------ clusters
@@ -112,6 +115,7 @@ def drafter(
     representation_dtype: Annotated[str, typer.Option(help="On the wire: bf16, int8 or f32.")] = "bf16",
     metrics_port: MetricsPort = None,
     observability: Observability = None,
+    tls_folder: TlsFolder = None,
 ) -> None:
     """Run one drafter as a plain process."""
     with reported():
@@ -127,7 +131,13 @@ def drafter(
             "idle_timeout_s": idle_timeout_s,
             "representation_dtype": representation_dtype,
         }
-        pool = _pool(DrafterPool, model=_model(model, "drafter"), engine=engine, resources={"num_threads": num_threads})
+        pool = _pool(
+            DrafterPool,
+            model=_model(model, "drafter"),
+            engine=engine,
+            resources={"num_threads": num_threads},
+            tls_folder=tls_folder,
+        )
         asyncio.run(
             run_drafter(
                 pool,
@@ -160,6 +170,7 @@ def primary(
     draft_timeout_s: float = 0.5,
     metrics_port: MetricsPort = None,
     observability: Observability = None,
+    tls_folder: TlsFolder = None,
 ) -> None:
     """Run one primary as a plain process."""
     with reported():
@@ -181,7 +192,13 @@ def primary(
             fields |= {"taps": taps.split(",") if taps else [], "adapts": adapts}
         else:
             fields["device"] = device
-        pool = _pool(PrimaryPool, model=_model(model, "primary"), engine=fields, resources={"num_threads": num_threads})
+        pool = _pool(
+            PrimaryPool,
+            model=_model(model, "primary"),
+            engine=fields,
+            resources={"num_threads": num_threads},
+            tls_folder=tls_folder,
+        )
         asyncio.run(
             run_primary(
                 pool,
@@ -207,13 +224,23 @@ def router(
     grpc_port: Port = 9000,
     metrics_port: MetricsPort = None,
     observability: Observability = None,
+    tls_folder: TlsFolder = None,
+    api_keys_file: Annotated[str | None, typer.Option(help="From `keys new`. Default: open to all.")] = None,
 ) -> None:
     """Run one router as a plain process."""
     with reported():
         from tandem_serve.config import RouterPool, load_observability
         from tandem_serve.serving.processes import run_router
 
-        pool = _pool(RouterPool, model_name=model_name, host=host, http_port=http_port, grpc_port=grpc_port)
+        pool = _pool(
+            RouterPool,
+            model_name=model_name,
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            tls_folder=tls_folder,
+            api_keys_file=api_keys_file,
+        )
         primaries, drafters = primary, drafter or []
         asyncio.run(
             run_router(
@@ -255,10 +282,12 @@ def _get_json(url: str) -> Any:
     from tandem_serve.errors import Unavailable
 
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
+        request = urllib.request.Request(url, headers=authorization_header())
+        with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)
     except (OSError, ValueError) as error:
-        raise Unavailable(f"{url}: {error}") from error
+        hint = f"; set {API_KEY}" if getattr(error, "code", None) == 401 else ""
+        raise Unavailable(f"{url}: {error}{hint}") from error
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from tandem_serve.config_kubernetes import KubernetesConfig
 from tandem_serve.errors import ConfigError
 from tandem_serve.types import PolicyName
 
@@ -99,14 +100,19 @@ class DrafterEngineConfig(_Part):
     max_message_bytes: int = Field(64 << 20, ge=16 << 20)  # a primary sends at most 4 Mi values of one sequence at once
 
 
-class PrimaryPool(_Part):
+class _Pool(_Part):
+    # Folder with tls.crt, tls.key and ca.crt, read again when they change. None: between pools all is in plain text.
+    tls_folder: str | None = None
+
+
+class PrimaryPool(_Pool):
     model: str  # folder or hub id
     num_replicas: int = Field(1, ge=1)
     resources: ReplicaResources = ReplicaResources()
     engine: AnyPrimaryEngine = PrimaryEngineConfig()
 
 
-class DrafterPool(_Part):
+class DrafterPool(_Pool):
     model: str
     num_replicas: int = Field(1, ge=0)  # 0: plain decoding
     resources: ReplicaResources = ReplicaResources()
@@ -123,7 +129,7 @@ class RouterLimits(_Part):
     max_body_bytes: int = Field(4 << 20, ge=1024)
 
 
-class RouterPool(_Part):
+class RouterPool(_Pool):
     """The ingress: HTTP and gRPC."""
 
     model_name: str  # what clients call the model
@@ -133,6 +139,7 @@ class RouterPool(_Part):
     http_port: int = Field(8000, ge=0, le=65535)
     grpc_port: int = Field(9000, ge=0, le=65535)
     limits: RouterLimits = RouterLimits()
+    api_keys_file: str | None = None  # from `tandem-serve keys new`, read again when it changes. None: open to all
     request_timeout_s: float | None = Field(None, gt=0)
     max_ongoing_requests: int = Field(1024, ge=1)
 
@@ -174,6 +181,13 @@ class ClusterConfig(_Part):
     drafter: DrafterPool
     router: RouterPool
     observability: ObservabilityConfig = ObservabilityConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> ClusterConfig:
+        if self.drafter.num_replicas and (self.primary.tls_folder is None) != (self.drafter.tls_folder is None):
+            raise ValueError("tls_folder: primary and drafter need one each, or neither")
+        return self
 
 
 def load_cluster_config(path: Path) -> ClusterConfig:

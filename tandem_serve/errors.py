@@ -2,6 +2,7 @@
 
 TandemError
 ├── InvalidRequest        the caller's fault: names the field and the remedy   HTTP 400  INVALID_ARGUMENT
+├── Unauthenticated       no API key, or an unknown one                         HTTP 401  UNAUTHENTICATED
 ├── ModelMismatch         two peers hold models that do not fit together       HTTP 409  FAILED_PRECONDITION
 ├── CheckpointError       a checkpoint that cannot be loaded, and why          (start-up)
 ├── ConfigError           a YAML or flag that cannot be used, and why          (start-up)
@@ -26,6 +27,10 @@ class InvalidRequest(TandemError):
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
         self.field = field
+
+
+class Unauthenticated(TandemError):
+    """The router wants an API key, and the caller has shown none that it knows."""
 
 
 class ModelMismatch(TandemError):

@@ -24,6 +24,7 @@ from tandem_serve.rpc._gen.tandem.v1 import drafting_pb2
 from tandem_serve.rpc.convert_drafting import MAX_COMMANDS, commands_request, parse_events
 from tandem_serve.rpc.convert_handshake import DrafterTerms, parse_drafter_hello, primary_hello
 from tandem_serve.rpc.listening import cancelled_after, channel_options
+from tandem_serve.rpc.tls import DRAFTER, PeerTls, expect_server
 from tandem_serve.types import (
     CreditGranted,
     DrafterCommand,
@@ -55,9 +56,10 @@ class GrpcLinkFactory:
     """interfaces.LinkFactory over gRPC."""
 
     options: LinkOptions = LinkOptions()
+    tls: PeerTls | None = None
 
     def __call__(self, address: str, primary: PrimaryInfo, wake: Callable[[], None]) -> GrpcDrafterLink:
-        return GrpcDrafterLink(address, primary, wake, self.options)
+        return GrpcDrafterLink(address, primary, wake, self.options, self.tls)
 
 
 @dataclass(slots=True)
@@ -77,12 +79,18 @@ class GrpcDrafterLink:
     """
 
     def __init__(
-        self, address: str, primary: PrimaryInfo, wake: Callable[[], None], options: LinkOptions | None = None
+        self,
+        address: str,
+        primary: PrimaryInfo,
+        wake: Callable[[], None],
+        options: LinkOptions | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
         self._address = address
         self._primary = primary
         self._wake = wake
         self._options = options or LinkOptions()
+        self._tls = tls
         self._lock = threading.Lock()  # guards all below
         self._state = LinkState.CONNECTING
         self._epoch = 0
@@ -164,6 +172,8 @@ class GrpcDrafterLink:
                 continue
             except grpc.RpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+                if self._tls is not None and self._epoch == epoch:
+                    reason += " (where it closes connections at once, its log says what is wrong with our certificate)"
             except InvalidRequest as error:
                 reason = f"malformed answer: {error}"
             except Unavailable as error:
@@ -182,10 +192,7 @@ class GrpcDrafterLink:
     def _serve_one_connection(self) -> None:
         outbox: SimpleQueue[bytes | None] = SimpleQueue()
         outbox.put(primary_hello(self._primary).SerializeToString())
-        # A channel of its own for every attempt: gRPC's channels have a backoff too, and the two would add up.
-        with grpc.insecure_channel(
-            self._address, options=[*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
-        ) as channel:
+        with self._open_channel() as channel:
             open_stream = channel.stream_stream(
                 DRAFT_METHOD, request_serializer=None, response_deserializer=drafting_pb2.DraftResponse.FromString
             )
@@ -204,6 +211,14 @@ class GrpcDrafterLink:
             finally:
                 call.cancel()
                 outbox.put(None)
+
+    def _open_channel(self) -> grpc.Channel:
+        """One for every attempt: gRPC's channels have a backoff too, and the two would add up."""
+        options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
+        if self._tls is None:
+            return grpc.insecure_channel(self._address, options=options)
+        options.append(expect_server(DRAFTER))
+        return grpc.secure_channel(self._address, self._tls.channel_credentials(), options=options)
 
     def _connected(self, connection: _Connection) -> None:
         info = connection.terms.info

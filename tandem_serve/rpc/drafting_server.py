@@ -21,6 +21,7 @@ from tandem_serve.rpc.convert_drafting import events_response, parse_commands
 from tandem_serve.rpc.convert_handshake import DrafterTerms, drafter_hello, parse_primary_hello
 from tandem_serve.rpc.listening import Health, bind, cancelled_after, server_options
 from tandem_serve.rpc.statuses import status_of
+from tandem_serve.rpc.tls import PeerTls
 from tandem_serve.types import CreditGranted, DraftEvent
 
 SERVICE = drafting_pb2.DESCRIPTOR.services_by_name["DraftingService"].full_name
@@ -46,6 +47,7 @@ class DraftingServer:
         host: str = "127.0.0.1",
         port: int = 0,
         hello_timeout_s: float = HELLO_TIMEOUT_S,
+        tls: PeerTls | None = None,
     ) -> None:
         """Binds the port (0: any free one), so that `address` is known; serves after start(). Raises OSError."""
         self._drafter = drafter
@@ -66,7 +68,7 @@ class DraftingServer:
         )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Draft": handler}),))
         self._health = Health(self._server, [SERVICE])
-        self._port = bind(self._server, host, port)
+        self._port = bind(self._server, host, port, tls)
         self._host = host
 
     @property

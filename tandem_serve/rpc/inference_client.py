@@ -20,12 +20,14 @@ class InferenceClient:
     Args:
         address: host:port.
         application: the Ray Serve application to reach; a router without Ray needs none.
+        api_key: where the router wants one.
     """
 
-    def __init__(self, address: str, *, application: str = "") -> None:
+    def __init__(self, address: str, *, application: str = "", api_key: str | None = None) -> None:
         self._channel = grpc.insecure_channel(address, options=channel_options())
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._metadata = (("application", application),) if application else ()
+        metadata = {"application": application, "authorization": api_key and f"Bearer {api_key}"}
+        self._metadata = tuple((key, value) for key, value in metadata.items() if value)
 
     def __enter__(self) -> InferenceClient:
         return self

@@ -13,6 +13,7 @@ from tandem_serve.errors import Unavailable
 from tandem_serve.interfaces import TextService
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import inference_pb2
+from tandem_serve.rpc.authorization import CheckAuthorization, RequireAuthorization
 from tandem_serve.rpc.convert_inference import (
     generate_response,
     list_models_response,
@@ -60,7 +61,14 @@ async def check(service: TextService, message: health_pb2.HealthCheckRequest) ->
 class InferenceServer(AioServer):
     """Serves a TextService on the running event loop. A cancelled call closes its stream, which aborts the request."""
 
-    def __init__(self, service: TextService, *, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        service: TextService,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        check_authorization: CheckAuthorization | None = None,
+    ) -> None:
         """Binds the port (0: any free one); serves after start(). Needs a running loop. Raises OSError."""
         self._service = service
         handlers = {
@@ -75,7 +83,14 @@ class InferenceServer(AioServer):
                 response_serializer=inference_pb2.ListModelsResponse.SerializeToString,
             ),
         }
-        super().__init__(SERVICE, handlers, max_message_bytes=MAX_MESSAGE_BYTES, host=host, port=port)
+        super().__init__(
+            SERVICE,
+            handlers,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            host=host,
+            port=port,
+            interceptors=[RequireAuthorization(check_authorization)] if check_authorization else [],
+        )
 
     async def _generate(self, data: bytes, context: Context) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:

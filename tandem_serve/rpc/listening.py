@@ -11,12 +11,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tandem_serve.rpc.tls import PeerTls
+
 Option = tuple[str, int | str]
 
 KEEPALIVE_TIME_MS = 10_000  # a peer that vanished without a word is noticed after this and the timeout
 KEEPALIVE_TIMEOUT_MS = 5_000
-MIN_RECONNECT_BACKOFF_MS = 200  # gRPC's own goes up to two minutes: a replaced peer would be found as late
+INITIAL_RECONNECT_BACKOFF_MS = 200  # gRPC's own goes up to two minutes: a replaced peer would be found as late
 MAX_RECONNECT_BACKOFF_MS = 2_000
+CONNECT_TIMEOUT_MS = 2_000  # on a busy machine a TLS handshake takes some 200 ms
 
 
 def server_options(max_message_bytes: int) -> list[Option]:
@@ -39,17 +42,18 @@ def channel_options() -> list[Option]:
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.initial_reconnect_backoff_ms", MIN_RECONNECT_BACKOFF_MS),
-        ("grpc.min_reconnect_backoff_ms", MIN_RECONNECT_BACKOFF_MS),
+        ("grpc.initial_reconnect_backoff_ms", INITIAL_RECONNECT_BACKOFF_MS),
+        ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS),
         ("grpc.enable_retries", 0),  # a stream with state is never silently replayed
     ]
 
 
-def bind(server: grpc.Server | grpc.aio.Server, host: str, port: int) -> int:
+def bind(server: grpc.Server | grpc.aio.Server, host: str, port: int, tls: PeerTls | None = None) -> int:
     """Binds a port (0: any free one) and returns it. Raises OSError where it is taken."""
+    address = f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_secure_port(address, tls.server_credentials()) if tls else server.add_insecure_port(address)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from error
     if bound == 0:
@@ -83,16 +87,18 @@ class AioServer:
         max_message_bytes: int,
         host: str,
         port: int,
+        tls: PeerTls | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
     ) -> None:
         """Binds the port (0: any free one); serves after start(). Needs a running loop. Raises OSError."""
-        self._server = grpc.aio.server(options=server_options(max_message_bytes))
+        self._server = grpc.aio.server(options=server_options(max_message_bytes), interceptors=interceptors)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from grpc-stubs
         self._names = ["", service]
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._server)
         reflection.enable_server_reflection([service, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         self._host = host
-        self._port = bind(self._server, host, port)
+        self._port = bind(self._server, host, port, tls)
 
     @property
     def port(self) -> int:

@@ -14,6 +14,7 @@ from tandem_serve.rpc.convert_primary import (
 )
 from tandem_serve.rpc.listening import channel_options
 from tandem_serve.rpc.statuses import error_from
+from tandem_serve.rpc.tls import PRIMARY, PeerTls, expect_server
 from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
 STATUS_TIMEOUT_S = 5.0
@@ -25,10 +26,24 @@ class GrpcPrimary:
     Made and used on one event loop.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: PeerTls | None = None) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=channel_options())
-        self._stub = control_pb2_grpc.PrimaryServiceStub(self._channel)
+        self._tls = tls
+        self._certificates: object = None  # those of the channel
+        self._channel = self._open_channel()
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.address, options=channel_options())
+        self._certificates = self._tls.current()
+        options = [*channel_options(), expect_server(PRIMARY)]
+        return grpc.aio.secure_channel(self.address, self._tls.channel_credentials(), options=options)
+
+    def _current_channel(self) -> grpc.aio.Channel:
+        """A new one once the certificates have been renewed. A call holds on to its channel, which would close else."""
+        if self._tls is not None and self._tls.current() is not self._certificates:
+            self._channel = self._open_channel()
+        return self._channel
 
     async def close(self) -> None:
         await self._channel.close(None)
@@ -41,7 +56,8 @@ class GrpcPrimary:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Streams the sequence; closing the generator cancels the call, which aborts the request over there."""
-        call = self._stub.GenerateTokens(generate_tokens_request(request))
+        channel = self._current_channel()
+        call = control_pb2_grpc.PrimaryServiceStub(channel).GenerateTokens(generate_tokens_request(request))
         try:
             async for message in call:
                 yield parse_generate_tokens_response(message, request.request_id)
@@ -53,7 +69,10 @@ class GrpcPrimary:
     async def _get_status(self) -> tuple[PrimaryInfo, PrimaryStatus]:
         try:
             request = control_pb2.GetPrimaryStatusRequest()
-            message = await self._stub.GetPrimaryStatus(request, timeout=STATUS_TIMEOUT_S)
+            channel = self._current_channel()
+            message = await control_pb2_grpc.PrimaryServiceStub(channel).GetPrimaryStatus(
+                request, timeout=STATUS_TIMEOUT_S
+            )
         except grpc.aio.AioRpcError as error:
             raise error_from(error.code(), error.details(), error.trailing_metadata()) from error
         return parse_primary_status_response(message)

@@ -18,6 +18,7 @@ from tandem_serve.rpc.convert_primary import (
 )
 from tandem_serve.rpc.listening import AioServer
 from tandem_serve.rpc.statuses import abort_with
+from tandem_serve.rpc.tls import PeerTls
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["PrimaryService"].full_name
 MAX_MESSAGE_BYTES = 32 << 20  # a prompt of some millions of ids
@@ -28,7 +29,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class PrimaryServer(AioServer):
     """Serves one primary on the running event loop. A cancelled call closes the primary's stream, which aborts it."""
 
-    def __init__(self, primary: Primary, *, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, primary: Primary, *, host: str = "127.0.0.1", port: int = 0, tls: PeerTls | None = None) -> None:
         """Binds the port (0: any free one); serves after start(). Needs a running loop. Raises OSError."""
         self._primary = primary
         self._vocab_size = 0  # known from start() on
@@ -44,7 +45,7 @@ class PrimaryServer(AioServer):
                 response_serializer=control_pb2.GetPrimaryStatusResponse.SerializeToString,
             ),
         }
-        super().__init__(SERVICE, handlers, max_message_bytes=MAX_MESSAGE_BYTES, host=host, port=port)
+        super().__init__(SERVICE, handlers, max_message_bytes=MAX_MESSAGE_BYTES, host=host, port=port, tls=tls)
 
     async def start(self) -> None:
         self._vocab_size = (await self._primary.info()).vocab_size

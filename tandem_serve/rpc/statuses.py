@@ -13,7 +13,15 @@ from urllib.parse import quote, unquote
 
 import grpc
 
-from tandem_serve.errors import InvalidRequest, ModelMismatch, Overloaded, RequestAborted, TandemError, Unavailable
+from tandem_serve.errors import (
+    InvalidRequest,
+    ModelMismatch,
+    Overloaded,
+    RequestAborted,
+    TandemError,
+    Unauthenticated,
+    Unavailable,
+)
 
 RETRY_AFTER_KEY = "retry-after"  # seconds, as in HTTP
 FIELD_KEY = "invalid-field"  # percent-encoded: metadata is ASCII
@@ -21,6 +29,7 @@ MAX_DETAILS_BYTES = 2048  # headers over 8 KiB are refused by default; percent-e
 
 _CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (ModelMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
@@ -86,6 +95,8 @@ def error_from(code: grpc.StatusCode, details: str | None, trailing_metadata: It
         return InvalidRequest(message, field=unquote(metadata.get(FIELD_KEY, "")))
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return ModelMismatch(message)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(message)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(message, retry_after_s=_seconds(metadata.get(RETRY_AFTER_KEY)))
     if code is grpc.StatusCode.CANCELLED:

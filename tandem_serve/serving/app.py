@@ -4,7 +4,7 @@ One application a pool, because a change of code or of a request router restarts
 without a restart (replica counts, block length) is in the autoscaling block and in user_config.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Serve makes a builder's argument from its annotation, which must be a class.
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,7 +154,7 @@ def grpc_options(pool: RouterPool) -> dict[str, Any]:
         "port": pool.grpc_port,
         "grpc_servicer_functions": GRPC_SERVICER_FUNCTIONS,
         "request_timeout_s": pool.request_timeout_s,
-        "enable_reflection": True,
+        "enable_reflection": pool.api_keys_file is None,  # Serve's own answers without a key
     }
 
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 from tandem_serve.config import (
     ClusterConfig,
+    DrafterPool,
     PrimaryEngineConfig,
+    PrimaryPool,
     ReplicaResources,
     VllmEngineConfig,
     load_cluster_config,
@@ -36,15 +38,16 @@ _LOGS = "/tmp/ray/session_latest/logs/serve"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's is hardly used: tokens and representations travel elsewhere
 
 # Before ray is imported, and only where the user has not set them.
-_RAY_ENVIRONMENT = {
+SERVE_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # else 15, where any other work on the machine starves the replicas
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: one node, which listens on the loopback address alone
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(8 << 20),  # else 2 GiB; rpc/inference_server.py has the same without Ray
     # Steps go from replica to replica over gRPC, not through the object store: half the router's CPU an event. Clients
     # stay behind Serve's proxy, though: replicas that took HTTP directly would do so on every address of the machine.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
 }
+_ONE_NODE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on any system: it listens on the loopback address alone
 
 Progress = Callable[[str], None]
 
@@ -58,21 +61,30 @@ class Endpoints:
 
 
 def load_cluster(path: Path) -> ClusterConfig:
-    """Reads a cluster file, with models as folders that any process on this machine finds (or hub ids).
+    """Reads a cluster file, with models and certificates as folders that any process on this machine finds.
+
+    A model may be a hub id and stays one.
 
     Raises:
         ConfigError: naming the file, the field and what is wrong with it.
     """
     config = load_cluster_config(path)
-    models: dict[str, str] = {}
-    for role, model in (("primary", config.primary.model), ("drafter", config.drafter.model)):
-        models[role] = str(pair_folder(DEMO) / role) if model == DEMO else resolve_model(model, path.parent)
+
+    def beside(name: str | None) -> str | None:
+        return name and str((path.parent / name).absolute())
+
+    def absolute(role: str, pool: PrimaryPool | DrafterPool) -> dict[str, str | None]:
+        is_demo = pool.model == DEMO
+        model = str(pair_folder(DEMO) / role) if is_demo else resolve_model(pool.model, path.parent)
+        return {"model": model, "tls_folder": beside(pool.tls_folder)}
+
+    drafter = config.drafter.model_copy(update=absolute("drafter", config.drafter))
+    engine = {"engine": _with_taps(config, drafter.model)}
     return config.model_copy(
         update={
-            "primary": config.primary.model_copy(
-                update={"model": models["primary"], "engine": _with_taps(config, models["drafter"])}
-            ),
-            "drafter": config.drafter.model_copy(update={"model": models["drafter"]}),
+            "primary": config.primary.model_copy(update=absolute("primary", config.primary) | engine),
+            "drafter": drafter,
+            "router": config.router.model_copy(update={"api_keys_file": beside(config.router.api_keys_file)}),
         }
     )
 
@@ -106,7 +118,7 @@ def local_cluster(config: ClusterConfig, progress: Progress) -> Iterator[Endpoin
         http=f"http://{config.router.host}:{config.router.http_port}",
         grpc=f"{config.router.host}:{config.router.grpc_port}",
     )
-    for name, value in _RAY_ENVIRONMENT.items():
+    for name, value in {**SERVE_ENVIRONMENT, **_ONE_NODE}.items():
         os.environ.setdefault(name, value)
     progress("starting Ray")
     import ray

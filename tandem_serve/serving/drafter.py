@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from tandem_serve.config import DrafterEngineConfig
 from tandem_serve.metrics import DrafterMetrics
 from tandem_serve.rpc.drafting_server import DraftingServer
+from tandem_serve.rpc.tls import PeerTls
 from tandem_serve.serving.engines import build_drafter
 from tandem_serve.tracing import SpanSink, discard
 from tandem_serve.types import DrafterInfo
@@ -25,12 +26,18 @@ class DrafterReplica:
         host: str = "127.0.0.1",
         port: int = 0,
         spans: SpanSink = discard,
+        tls_folder: str | None = None,
     ) -> None:
-        """Loads the model, starts the engine and serves it. Raises CheckpointError, OSError (the port is taken)."""
+        """Loads the model, starts the engine and serves it.
+
+        Raises:
+            CheckpointError, ConfigError (certificates), OSError (the port is taken).
+        """
+        tls = PeerTls(tls_folder) if tls_folder else None
         torch.set_num_threads(num_threads)
         self.registry = CollectorRegistry()
         self._engine = build_drafter(model, config, metrics=DrafterMetrics(self.registry), spans=spans)
-        self._server = DraftingServer(self._engine, config, host=host, port=port)
+        self._server = DraftingServer(self._engine, config, host=host, port=port, tls=tls)
         self._engine.start()
         self._server.start()
 

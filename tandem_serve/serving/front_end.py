@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tandem_serve.config import RouterPool
 from tandem_serve.models.folder import eos_token_ids, load_tokenizer, resolve_folder
+from tandem_serve.serving.api_keys import ApiKeys
 from tandem_serve.serving.chat import load_chat_template
 from tandem_serve.serving.completion import TextCompletion
 from tandem_serve.serving.exposition import Target
@@ -30,6 +31,7 @@ def build_front_end(
 
     Raises:
         CheckpointError: where the tokenizer cannot be loaded.
+        ConfigError: where the API keys cannot be read.
     """
     folder = resolve_folder(model)
     tokenizer = load_tokenizer(folder)
@@ -51,4 +53,5 @@ def build_front_end(
         metrics=metrics,
         overview=router.overview,
         metrics_targets=metrics_targets,
+        api_keys=ApiKeys(pool.api_keys_file) if pool.api_keys_file else None,
     )

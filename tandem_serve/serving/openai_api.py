@@ -19,6 +19,7 @@ from prometheus_client import generate_latest
 from tandem_serve.config import RouterLimits
 from tandem_serve.errors import Unavailable
 from tandem_serve.interfaces import TextService
+from tandem_serve.serving.api_keys import ApiKeys, RequireApiKey
 from tandem_serve.serving.chat import ChatTemplate
 from tandem_serve.serving.exposition import Target, http_sd
 from tandem_serve.serving.metrics import RouterMetrics
@@ -49,12 +50,15 @@ class FrontEnd:
     metrics: RouterMetrics
     overview: Callable[[], Awaitable[ClusterOverview]]
     metrics_targets: Callable[[], Sequence[Target]]  # where the replicas that it knows serve their metrics
+    api_keys: ApiKeys | None = None  # None: open to all
 
 
 def create_app(front: FrontEnd) -> FastAPI:
     """The ASGI application. Serves no documentation pages: OpenAI's reference is the documentation."""
     app = FastAPI(title="tandem-serve", openapi_url=None)
     install_error_handlers(app)
+    if front.api_keys is not None:
+        app.add_middleware(RequireApiKey, keys=front.api_keys)
     endpoints = _Endpoints(front)
     app.post("/v1/completions")(endpoints.completions)
     app.post("/v1/chat/completions")(endpoints.chat_completions)

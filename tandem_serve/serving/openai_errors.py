@@ -9,7 +9,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from tandem_serve.errors import InvalidRequest, ModelMismatch, Overloaded, RequestAborted, TandemError, Unavailable
+from tandem_serve.errors import (
+    InvalidRequest,
+    ModelMismatch,
+    Overloaded,
+    RequestAborted,
+    TandemError,
+    Unauthenticated,
+    Unavailable,
+)
 
 
 class ApiError(Exception):
@@ -41,6 +49,9 @@ def api_error(error: Exception) -> ApiError:
     message = str(error)
     if isinstance(error, InvalidRequest):
         return ApiError(400, message, param=error.field or None, code="invalid_value")
+    if isinstance(error, Unauthenticated):
+        headers = {"WWW-Authenticate": "Bearer"}
+        return ApiError(401, message, code="invalid_api_key", headers=headers)
     if isinstance(error, ModelMismatch):
         return ApiError(409, message, type="conflict_error")
     if isinstance(error, Overloaded):
@@ -56,12 +67,16 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(500, text, type="server_error", code="internal_error")
 
 
+def error_response(error: Exception) -> JSONResponse:
+    known = api_error(error)
+    return JSONResponse(known.body(), known.status, headers=known.headers)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Makes every error of the app leave in OpenAI's shape: routes, methods and the unforeseen included."""
 
     def respond(_: Request, error: Exception) -> JSONResponse:
-        known = api_error(error)
-        return JSONResponse(known.body(), known.status, headers=known.headers)
+        return error_response(error)
 
     for kind in (ApiError, TandemError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)

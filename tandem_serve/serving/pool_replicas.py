@@ -35,7 +35,13 @@ class PrimaryDeployment(PrimaryReplica):
     def __init__(self, pool: PrimaryPool, drafter_application: str | None, observability: ObservabilityConfig) -> None:
         configure_logs(observability.logs, "primary")
         self._tracing = start_tracing(observability.traces, "primary", replica_name())
-        super().__init__(pool.model, pool.engine, num_threads=pool.resources.num_threads, spans=self._tracing.sink)
+        super().__init__(
+            pool.model,
+            pool.engine,
+            num_threads=pool.resources.num_threads,
+            spans=self._tracing.sink,
+            tls_folder=pool.tls_folder,
+        )
         self._metrics = serve_metrics(self.registry, node_address(), observability.metrics.port)
         if drafter_application is not None:
             self._drafters = discover(
@@ -71,6 +77,7 @@ class DrafterDeployment(DrafterReplica):
             num_threads=pool.resources.num_threads,
             host=host,
             spans=self._tracing.sink,
+            tls_folder=pool.tls_folder,
         )
         self._metrics = serve_metrics(self.registry, host, observability.metrics.port)
 

@@ -13,6 +13,7 @@ from tandem_serve.decoding.goodput import MeasuredBlockLength
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.rpc.drafting_client import GrpcLinkFactory
+from tandem_serve.rpc.tls import PeerTls
 from tandem_serve.serving.engines import build_primary
 from tandem_serve.tracing import SpanSink, discard
 from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
@@ -37,15 +38,17 @@ class PrimaryReplica:
         *,
         num_threads: int = 1,
         spans: SpanSink = discard,
+        tls_folder: str | None = None,
     ) -> None:
-        """Loads the model and starts the engine. Raises CheckpointError."""
+        """Loads the model and starts the engine. Raises CheckpointError, ConfigError (certificates)."""
+        tls = PeerTls(tls_folder) if tls_folder else None
         torch.set_num_threads(num_threads)
         self._policy = _block_policy(config)
         self.registry = CollectorRegistry()
         self._primary = build_primary(
             model,
             config,
-            link_factory=GrpcLinkFactory(),
+            link_factory=GrpcLinkFactory(tls=tls),
             policy=self._policy,
             metrics=PrimaryMetrics(self.registry),
             spans=spans,

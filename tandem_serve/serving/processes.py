@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from tandem_serve.config import DrafterPool, ObservabilityConfig, PrimaryPool, RouterPool
 from tandem_serve.errors import ConfigError
+from tandem_serve.rpc.tls import PeerTls
 from tandem_serve.serving.exposition import MetricsServer, Target
 from tandem_serve.serving.logs import configure_logs
 from tandem_serve.serving.tracing import Tracing, start_tracing
@@ -38,7 +39,15 @@ async def run_drafter(
     tracing = _observed(observability, "drafter")
     threads = pool.resources.num_threads
     with _clear_port_errors():
-        drafter = DrafterReplica(pool.model, pool.engine, num_threads=threads, host=host, port=port, spans=tracing.sink)
+        drafter = DrafterReplica(
+            pool.model,
+            pool.engine,
+            num_threads=threads,
+            host=host,
+            port=port,
+            spans=tracing.sink,
+            tls_folder=pool.tls_folder,
+        )
         metrics = _export(drafter.registry, host, metrics_port)
     announce(f"drafter listening on {drafter.address}{_where(metrics)}")
     await stopped.wait()
@@ -62,11 +71,11 @@ async def run_primary(
 
     stopped = _stop_event()
     tracing = _observed(observability, "primary")
-    threads = pool.resources.num_threads
-    primary = PrimaryReplica(pool.model, pool.engine, num_threads=threads, spans=tracing.sink)
+    threads, folder = pool.resources.num_threads, pool.tls_folder
+    primary = PrimaryReplica(pool.model, pool.engine, num_threads=threads, spans=tracing.sink, tls_folder=folder)
     primary.set_drafters(drafter_addresses)
     with _clear_port_errors():
-        server = PrimaryServer(primary, host=host, port=port)
+        server = PrimaryServer(primary, host=host, port=port, tls=_tls(pool.tls_folder))
         metrics = _export(primary.registry, host, metrics_port)
     await server.start()
     announce(f"primary listening on {server.address}{_where(metrics)}")
@@ -103,12 +112,18 @@ async def run_router(
     router = PairingRouter(spans=tracing.sink)
     targets: list[Target] = []  # of the other processes' metrics it knows nothing
     front_end = build_front_end(pool, model, router, tracing, lambda: targets)
-    clients = {address: GrpcPrimary(address) for address in primary_addresses}
+    tls = _tls(pool.tls_folder)
+    clients = {address: GrpcPrimary(address, tls) for address in primary_addresses}
     router.set_primaries(clients)
     router.set_drafters(drafter_addresses)
     with _clear_port_errors():
         http = HttpServer(EchoRequestId(create_app(front_end)), host=pool.host, port=pool.http_port)
-        grpc = InferenceServer(front_end.service, host=pool.host, port=pool.grpc_port)
+        grpc = InferenceServer(
+            front_end.service,
+            host=pool.host,
+            port=pool.grpc_port,
+            check_authorization=front_end.api_keys.check if front_end.api_keys else None,
+        )
         metrics = _export(front_end.metrics.registry, pool.host, metrics_port)
     targets += [] if metrics is None else [Target(metrics.address, {"pool": "router"})]
     await http.start()
@@ -119,6 +134,10 @@ async def run_router(
     for client in clients.values():
         await client.close()
     await asyncio.to_thread(tracing.close)
+
+
+def _tls(folder: str | None) -> PeerTls | None:
+    return PeerTls(folder) if folder else None
 
 
 def _stop_event() -> asyncio.Event:

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from tandem_serve.config import ObservabilityConfig, RouterPool
 from tandem_serve.rpc import inference_server
+from tandem_serve.rpc.authorization import authorization_of
 from tandem_serve.rpc.statuses import set_status
 from tandem_serve.serving.exposition import Target, serve_metrics
 from tandem_serve.serving.front_end import build_front_end
@@ -68,6 +69,7 @@ class RouterDeployment:
         self, message: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:
+            self._check_authorization(grpc_context)
             metadata = grpc_context.invocation_metadata()
             async with aclosing(inference_server.generate(self._front_end.service, message, metadata)) as responses:
                 async for response in responses:
@@ -80,13 +82,14 @@ class RouterDeployment:
         self, message: inference_pb2.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> inference_pb2.ListModelsResponse:
         try:
+            self._check_authorization(grpc_context)
             return await inference_server.list_models(self._front_end.service)
         except Exception as error:
             set_status(grpc_context, error)
             raise
 
     async def Check(self, message: Any, grpc_context: RayServegRPCContext) -> Any:
-        """grpc.health.v1."""
+        """grpc.health.v1; open to all."""
         try:
             return await inference_server.check(self._front_end.service, message)
         except Exception as error:
@@ -97,6 +100,10 @@ class RouterDeployment:
         """Of both pools, and of this router: other routers it does not know."""
         own = [] if self._metrics is None else [Target(self._metrics.address, {"pool": "router"})]
         return [*own, *(target for pool, found in self._found.items() for target in metrics_targets(pool, found))]
+
+    def _check_authorization(self, grpc_context: RayServegRPCContext) -> None:
+        if self._front_end.api_keys is not None:
+            self._front_end.api_keys.check(authorization_of(grpc_context.invocation_metadata()))
 
     def _on_loop(self, apply: Callable[[Replicas], None]) -> Callable[[Replicas], None]:
         """Discovery speaks on a thread of Serve's; pairing belongs to this replica's loop."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests import listeners
 from tests.serving_contract import LONG, Cluster, ServingContract, eventually, make_pair
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -139,6 +140,15 @@ class TestRayCluster(ServingContract):
         plain = cluster.text(block_length=0, **body)
         choices = cluster.choices_while({5: lambda: up.kill_replica("primary")}, **body)
         assert "".join(choice["text"] for choice in choices) == plain
+
+    def test_it_listens_where_the_documentation_says(self, up: Up, cluster: Cluster) -> None:
+        ports = {
+            int(cluster.http.rsplit(":", 1)[1]): "router.http_port",
+            int(cluster.grpc.rsplit(":", 1)[1]): "router.grpc_port",
+        }
+        eventually(lambda: bool(up.linked_drafters()), "there is a drafter")
+        ports |= {int(address.rsplit(":", 1)[1]): "drafter" for address in up.linked_drafters()}
+        assert listeners.found(up.processes(), ports) == listeners.documented()
 
     def test_a_stream_outlives_the_order_to_stop(self, up: Up, cluster: Cluster) -> None:
         """The last test: it ends the cluster."""
