@@ -21,7 +21,7 @@ from tandem_serve.errors import ConfigError, Unauthenticated
 from tandem_serve.rpc._gen.tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem_serve.rpc.inference_server import InferenceServer
 from tandem_serve.serving.api_keys import ApiKeys, key_line, new_key
-from tandem_serve.serving.metrics import ServingMetrics
+from tandem_serve.serving.metrics import RouterMetrics
 from tandem_serve.serving.openai_api import FrontEnd, create_app
 from tandem_serve.serving.router import PairingRouter
 from tests.checkpoints import make_tokenizer
@@ -47,14 +47,11 @@ def file(tmp_path: Path) -> Path:
 
 
 def front_end(keys: ApiKeys | None) -> FrontEnd:
-    async def no_metrics() -> dict[str, str]:
-        return {}
-
     router = PairingRouter(start_timeout_s=0.0)
     router.set_primaries({"p": ScriptedPrimary()})
-    metrics = ServingMetrics("demo")
+    metrics = RouterMetrics()
     return FrontEnd(
-        ScriptedText(), make_tokenizer(), None, "demo", RouterLimits(), metrics, router.overview, no_metrics, keys
+        ScriptedText(), make_tokenizer(), None, "demo", RouterLimits(), metrics, router.overview, list, keys
     )
 
 

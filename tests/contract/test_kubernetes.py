@@ -118,6 +118,11 @@ def test_a_path_must_mean_the_same_in_every_pod() -> None:
         ray_service(config.model_copy(update={"primary": pool}), {}, {})
 
 
+def test_alert_rules_are_those_of_observability() -> None:
+    rule = yaml.safe_load((ROOT / "k8s" / "base" / "alerts.yaml").read_text())
+    assert rule["spec"] == yaml.safe_load((ROOT / "observability" / "alerts.yaml").read_text())
+
+
 # ------------------------------------------------------------------ against schemas
 
 

@@ -147,6 +147,7 @@ class TestRayCluster(ServingContract):
             int(cluster.grpc.rsplit(":", 1)[1]): "router.grpc_port",
         }
         eventually(lambda: bool(up.linked_drafters()), "there is a drafter")
+        ports |= {9520 + i: "observability.metrics.port" for i in range(16)}
         ports |= {int(address.rsplit(":", 1)[1]): "drafter" for address in up.linked_drafters()}
         assert listeners.found(up.processes(), ports) == listeners.documented()
 
