@@ -81,6 +81,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+        "RAY_raylet_start_wait_time_s": "120",  # five raylets on two cores
         **{
             variable["name"]: variable["value"]
             for variable in yaml.safe_load(file.read_text())["spec"]["rayClusterConfig"]["headGroupSpec"]["template"][
