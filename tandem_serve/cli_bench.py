@@ -218,6 +218,59 @@ def overhead(
     _write(json_file, figures)
 
 
+@app.command()
+def engines(
+    pair: PairOption = "demo",
+    prompts: Annotated[str, typer.Option(help="As for decode.")] = "heldout",
+    field: Annotated[str, typer.Option(help="Which key of a JSONL line is the prompt.")] = "prompt",
+    limit: Annotated[int, typer.Option(min=1, help="How many prompts, at each concurrency.")] = 16,
+    modes: Annotated[str, typer.Option(help="Comma-separated; `all`, or see docs/vllm.md.")] = "vllm,vllm-tandem",
+    concurrency: Annotated[str, typer.Option(help="Prompts at a time, comma-separated.")] = "1,4,16",
+    block_length: Annotated[int, typer.Option(min=1, max=16, help="Drafts a round; vllm-tandem's first.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a completion.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy; else seeded by prompt.")] = 0.0,
+    inflate: Annotated[int, typer.Option(min=1, max=64, help="As for decode.")] = 1,
+    dtype: Dtype = Dtype.FLOAT32,
+    draft_timeout_s: Annotated[float, typer.Option(min=0.001, help="Longest wait for drafts.")] = 0.5,
+    json_file: JsonOption = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the table here as well.")] = None,
+) -> None:
+    """vLLM, our engines and their peers on one model and the same prompts, each in a process, in turn.
+
+    A primary with a drafter elsewhere has one core and the drafter another; baselines have the primary's alone, and
+    peers that draft by themselves have both. tokens/s counts from when all prompts of a wave have their first token.
+    """
+    from tandem_serve.bench.engines import MODES, EngineOptions, run_engines
+    from tandem_serve.bench.tables import ProgressBar, print_engines
+    from tandem_serve.cli_errors import reported
+    from tandem_serve.models.pairs import pair_folder
+
+    chosen = MODES if modes == "all" else tuple(name.strip() for name in modes.split(","))
+    if unknown := sorted({*chosen} - {*MODES}):
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(MODES)}", param_hint="--modes")
+    if not all(part.strip().isdecimal() and int(part) for part in concurrency.split(",")):
+        raise typer.BadParameter("expected numbers above 0, such as 1,4,16", param_hint="--concurrency")
+    with reported():
+        options = EngineOptions(
+            pair=pair_folder(pair),
+            prompts=prompts,
+            field=field,
+            limit=limit,
+            modes=chosen,
+            concurrency=tuple(int(part) for part in concurrency.split(",")),
+            block_length=block_length,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            inflate=inflate,
+            dtype=dtype.value,
+            draft_timeout_s=draft_timeout_s,
+        )
+        with ProgressBar("waves") as bar:
+            figures = run_engines(options, bar.expect)
+    print_engines(figures, html_file)
+    _write(json_file, figures)
+
+
 def _write(file: Path | None, figures: dict[str, Any]) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

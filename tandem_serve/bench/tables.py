@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -52,6 +53,36 @@ def print_cluster(figures: dict[str, Any], *, same_as: str = "plain") -> None:
         )
     Console().print(table)
     _print_ratios(figures)
+
+
+def print_engines(figures: dict[str, Any], html_file: Path | None) -> None:
+    """The document of run_engines as a table a concurrency, on the terminal and in a file."""
+    console = Console(record=True, width=140 if html_file else None)
+    options = figures["options"]
+    for concurrency, modes in figures["modes"].items():
+        title = f"{concurrency} at a time, temperature {options['temperature']:g}, {options['dtype']}"
+        title += f", primary inflated {options['inflate']}x" if options["inflate"] > 1 else ""
+        columns = ("mode", "tokens/s", "first token", "gap p50", "gap p99", "drafts", "accepted", "idle", "= plain")
+        table = _table(title, *columns)
+        for name, mode in modes.items():
+            same = mode["identical_to_plain"]
+            table.add_row(
+                name,
+                f"{mode['tokens_per_s']:.1f}",
+                f"{mode['time_to_first_token_ms']:.0f} ms",
+                f"{mode['step_gap_ms_p50']:.0f} ms",
+                f"{mode['step_gap_ms_p99']:.0f} ms",
+                f"{mode['drafts_per_block']:.1f}" if mode["drafts_per_block"] else "",
+                f"{mode['accepted_per_block']:.2f}" if mode["accepted_per_block"] else "",
+                f"{mode['idle_share']:.0%}" if mode["idle_share"] else "",
+                "" if same is None else f"{same}/{figures['num_prompts']}",
+            )
+        console.print(table)
+    for name, ratios in figures["ratios"].items():
+        console.print(f"{name}: " + ", ".join(f"{ratio:.2f}x at {at}" for at, ratio in ratios.items()))
+    if html_file is not None:
+        html_file.parent.mkdir(parents=True, exist_ok=True)
+        console.save_html(str(html_file))
 
 
 def _print_ratios(figures: dict[str, Any]) -> None:
