@@ -101,8 +101,9 @@ class OptimalStopping:
         if kind.rounds < MIN_ROUNDS:
             return BlockPlan(longest, StoppingRule(PolicyName.OPTIMAL))
         alone_s = self.verifying.at(num_requests_running)  # a step without drafts; 0: not known
-        kind.rests = kind.rate * alone_s < (1.0 if kind.rests else 0.97) * (alone_s > 0)
-        if kind.rests and kind.num_planned % REST_ROUNDS >= PROBE_ROUNDS:
+        kind.rests = kind.rate * alone_s < (1.0 if kind.rests else 0.9) * (alone_s > 0)
+        # Planned one by one, but probed all together: beside sequences that rest, drafts are only waited for.
+        if kind.rests and kind.num_planned // max(num_requests_running, 1) % REST_ROUNDS >= PROBE_ROUNDS:
             return BlockPlan(0)
         checking = kind.rate * self.verifying.slope * num_requests_running
         threshold = (kind.rate * self.drafting.slope + checking) / kind.acceptance
