@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 
 import grpc
 
+from tandem_serve.errors import Unavailable
 from tandem_serve.rpc._gen.tandem.v1 import control_pb2, control_pb2_grpc
 from tandem_serve.rpc.convert_primary import (
     generate_tokens_request,
@@ -41,7 +42,7 @@ class GrpcPrimary:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Streams the sequence; closing the generator cancels the call, which aborts the request over there."""
-        call = self._stub.GenerateTokens(generate_tokens_request(request))
+        call = self._stub.GenerateTokens(generate_tokens_request(request), timeout=request.timeout_s)
         try:
             async for message in call:
                 yield parse_generate_tokens_response(message, request.request_id)
@@ -55,5 +56,7 @@ class GrpcPrimary:
             request = control_pb2.GetPrimaryStatusRequest()
             message = await self._stub.GetPrimaryStatus(request, timeout=STATUS_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # ours, not a client's
+                raise Unavailable(f"{self.address} does not answer") from error
             raise error_from(error.code(), error.details(), error.trailing_metadata()) from error
         return parse_primary_status_response(message)

@@ -13,7 +13,15 @@ from urllib.parse import quote, unquote
 
 import grpc
 
-from tandem_serve.errors import InvalidRequest, ModelMismatch, Overloaded, RequestAborted, TandemError, Unavailable
+from tandem_serve.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelMismatch,
+    Overloaded,
+    RequestAborted,
+    TandemError,
+    Unavailable,
+)
 
 RETRY_AFTER_KEY = "retry-after"  # seconds, as in HTTP
 FIELD_KEY = "invalid-field"  # percent-encoded: metadata is ASCII
@@ -23,6 +31,7 @@ _CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (ModelMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (RequestAborted, grpc.StatusCode.CANCELLED),
 )
@@ -88,6 +97,8 @@ def error_from(code: grpc.StatusCode, details: str | None, trailing_metadata: It
         return ModelMismatch(message)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(message, retry_after_s=_seconds(metadata.get(RETRY_AFTER_KEY)))
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(message)
     if code is grpc.StatusCode.CANCELLED:
         return RequestAborted(message)
     return Unavailable(message if code is grpc.StatusCode.UNAVAILABLE else f"{code.name}: {message}")
