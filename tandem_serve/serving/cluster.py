@@ -164,7 +164,7 @@ def apply_cluster(
     except ConnectionError as error:
         raise Unavailable(f"no Ray at {address}: {error}") from error
     try:
-        if _LOCAL_MARK in ray.cluster_resources():
+        if _LOCAL_MARK in ray.cluster_resources():  # type: ignore[no-untyped-call]
             config = _unlabelled(config)
         names = app.application_names(config.name)
         deployed, wanted = deploying.deployed_config(names), app.serve_config(config)

@@ -100,7 +100,7 @@ def simulated_cluster(config: ClusterConfig, *, nodes_per_pool: int = 2) -> Iter
         yield simulation
     finally:
         ray.shutdown()
-        ray_cluster.shutdown()
+        ray_cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def patiently(ask: Any, timeout_s: float = 60.0) -> Any:
