@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from tandem_serve import cli_bench, cli_complete, cli_demo, cli_k8s, cli_keys, cli_serve, cli_train
+from tandem_serve import (
+    cli_bench,
+    cli_cluster,
+    cli_complete,
+    cli_demo,
+    cli_k8s,
+    cli_keys,
+    cli_serve,
+    cli_train,
+    cli_trials,
+)
 
 app = typer.Typer(
     name="tandem-serve",
@@ -18,9 +28,14 @@ app.command("up")(cli_serve.up)
 app.command("status")(cli_serve.status)
 app.command("complete")(cli_complete.complete)
 app.command("build")(cli_serve.build)
+app.command("validate")(cli_cluster.validate)
+app.command("schema")(cli_cluster.schema)
+app.command("apply")(cli_cluster.apply)
 app.command("primary", rich_help_panel="Plain processes, without Ray")(cli_serve.primary)
 app.command("drafter", rich_help_panel="Plain processes, without Ray")(cli_serve.drafter)
 app.command("router", rich_help_panel="Plain processes, without Ray")(cli_serve.router)
+app.command("chaos")(cli_trials.chaos)
+app.command("simulate")(cli_trials.simulate)
 app.add_typer(cli_train.app, name="train")
 app.command("eval")(cli_bench.evaluate)
 app.command("report")(cli_bench.report)

@@ -197,7 +197,7 @@ def _from_pair(request: TextRequest, pair: str, num_threads: int) -> Iterator[Te
         load_tokenizer(folder / "primary"),
         model_name=pair,
         eos_token_ids=eos_token_ids(folder / "primary"),
-        limits=RouterLimits(),
+        limits=RouterLimits,
     )
     primary.set_drafters(["here"])
     return _run_here(request, service, primary)

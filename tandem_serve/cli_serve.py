@@ -54,6 +54,7 @@ def up(file: File) -> None:
                 typer.echo(f"{config.name} is up: model {config.router.model_name}")
                 typer.echo(f"  OpenAI API  {endpoints.http}/v1")
                 typer.echo(f"  gRPC        {endpoints.grpc}")
+                typer.echo(f"  Ray         {endpoints.ray}  (tandem-serve apply {file} --address {endpoints.ray})")
                 typer.echo("Ctrl-C drains and ends it.")
                 try:
                     threading.Event().wait()

@@ -6,7 +6,7 @@ A path is taken relative to the file's own folder; `demo` names the committed pa
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -28,8 +28,44 @@ class ReplicaResources(_Part):
 
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
+    memory_bytes: int = Field(0, ge=0)  # 0: none is reserved
+    accelerator_type: str | None = None  # a kind of node by its accelerator, e.g. H100
     label_selector: dict[str, str] = Field(default_factory=dict)  # Ray node labels, e.g. {pool: primary}
     num_threads: int = Field(1, ge=1, le=256)  # torch threads in the replica
+
+
+class Autoscaling(_Part):
+    """How far and how fast a pool grows and shrinks by itself."""
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(ge=1)
+    upscale_delay_s: float = Field(5.0, ge=0)  # how long more must have been wanted, without a break
+    downscale_delay_s: float = Field(60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class PrimaryAutoscaling(Autoscaling):
+    """What a primary is to carry; the most strained of these decides (serving/autoscaling.py)."""
+
+    target_occupancy: float = Field(0.7, gt=0, le=1)  # of the batch, and of the KV cache
+    target_waiting_tokens: int = Field(2048, ge=1)  # prompt tokens in a replica's queue
+    target_step_time_s: float | None = Field(None, gt=0)  # mean time of an engine step; None: does not count
+
+
+class DrafterAutoscaling(Autoscaling):
+    """What a drafter is to carry; the most strained of these decides."""
+
+    target_occupancy: float = Field(0.7, gt=0, le=1)  # of its time, and of its KV cache
+    target_draft_wait_s: float | None = Field(None, gt=0)  # mean time from a request to its block; None: does not count
+
+
+class RouterAutoscaling(Autoscaling):
+    target_ongoing_requests: float = Field(64.0, gt=0)  # of one replica
 
 
 class PrimaryEngineConfig(_Part):
@@ -100,23 +136,34 @@ class DrafterEngineConfig(_Part):
     max_message_bytes: int = Field(64 << 20, ge=16 << 20)  # a primary sends at most 4 Mi values of one sequence at once
 
 
-class _Pool(_Part):
+class Pool(_Part):
+    """What all pools have in common. Counts and bounds change in place; all else here restarts the pool's replicas."""
+
+    num_replicas: int = Field(1, ge=1)  # a fixed count; with autoscaling the pool starts at min_replicas
+    max_surge_percent: int = Field(0, ge=0, le=100)  # a restart starts so many new replicas before it ends old ones
     # Folder with tls.crt, tls.key and ca.crt, read again when they change. None: between pools all is in plain text.
     tls_folder: str | None = None
-
-
-class PrimaryPool(_Pool):
-    model: str  # folder or hub id
-    num_replicas: int = Field(1, ge=1)
     resources: ReplicaResources = ReplicaResources()
+    revision: str = ""  # any text; another one restarts the pool, e.g. for new weights under the same path
+
+
+class PrimaryPool(Pool):
+    model: str  # folder or hub id
     engine: AnyPrimaryEngine = PrimaryEngineConfig()
+    autoscaling: PrimaryAutoscaling | None = None  # None: num_replicas, fixed
 
 
-class DrafterPool(_Pool):
+class DrafterPool(Pool):
     model: str
     num_replicas: int = Field(1, ge=0)  # 0: plain decoding
-    resources: ReplicaResources = ReplicaResources()
     engine: DrafterEngineConfig = DrafterEngineConfig()
+    autoscaling: DrafterAutoscaling | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_replicas == 0 and self.autoscaling is not None:
+            raise ValueError("num_replicas 0 means that there is no drafter pool; it cannot have autoscaling")
+        return self
 
 
 class RouterLimits(_Part):
@@ -129,17 +176,31 @@ class RouterLimits(_Part):
     max_body_bytes: int = Field(4 << 20, ge=1024)
 
 
-class RouterPool(_Pool):
+class AdmissionConfig(_Part):
+    """How many completions a router lets into the primary pool, and how many wait. A request of n counts n."""
+
+    max_running_per_primary: int | None = Field(None, ge=1)  # None: the router's share of a primary's max_num_seqs
+    max_queued: int = Field(256, ge=0)  # of all clients; beyond: 429, RESOURCE_EXHAUSTED
+    max_queued_per_client: int = Field(64, ge=0)  # a client: an API key, or without one an address
+
+    @property
+    def per_primary(self) -> int:
+        default: int = PrimaryEngineConfig.model_fields["max_num_seqs"].default
+        return self.max_running_per_primary or default
+
+
+class RouterPool(Pool):
     """The ingress: HTTP and gRPC."""
 
     model_name: str  # what clients call the model
-    num_replicas: int = Field(1, ge=1)
+    autoscaling: RouterAutoscaling | None = None
     resources: ReplicaResources = ReplicaResources(num_cpus=0.1)
     host: str = "127.0.0.1"  # under Ray Serve of HTTP alone: its gRPC proxy listens on every address
     http_port: int = Field(8000, ge=0, le=65535)
     grpc_port: int = Field(9000, ge=0, le=65535)
     limits: RouterLimits = RouterLimits()
     api_keys_file: str | None = None  # from `tandem-serve keys new`, read again when it changes. None: open to all
+    admission: AdmissionConfig = AdmissionConfig()
     request_timeout_s: float | None = Field(None, gt=0)
     max_ongoing_requests: int = Field(1024, ge=1)
 
@@ -176,7 +237,7 @@ class ObservabilityConfig(_Part):
 class ClusterConfig(_Part):
     """One cluster: three pools, three Ray Serve applications."""
 
-    name: str = "tandem"
+    name: str = Field("tandem", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     primary: PrimaryPool
     drafter: DrafterPool
     router: RouterPool
@@ -188,6 +249,11 @@ class ClusterConfig(_Part):
         if self.drafter.num_replicas and (self.primary.tls_folder is None) != (self.drafter.tls_folder is None):
             raise ValueError("tls_folder: primary and drafter need one each, or neither")
         return self
+
+
+def largest(pool: PrimaryPool | DrafterPool | RouterPool) -> int:
+    """How many replicas a pool may have."""
+    return pool.num_replicas if pool.autoscaling is None else pool.autoscaling.max_replicas
 
 
 def load_cluster_config(path: Path) -> ClusterConfig:

@@ -7,6 +7,7 @@ TandemError
 ├── CheckpointError       a checkpoint that cannot be loaded, and why          (start-up)
 ├── ConfigError           a YAML or flag that cannot be used, and why          (start-up)
 ├── Overloaded            queues are full; try again after retry_after_s       HTTP 429  RESOURCE_EXHAUSTED
+├── DeadlineExceeded      the request's own time limit has passed              HTTP 504  DEADLINE_EXCEEDED
 ├── Unavailable           a pool has no replica that can serve right now       HTTP 503  UNAVAILABLE
 └── RequestAborted        the request ended before its text did                HTTP 499  CANCELLED
 """
@@ -51,6 +52,10 @@ class Overloaded(TandemError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(TandemError):
+    """The time that the client or the operator gave a request is over. What it had begun was aborted."""
 
 
 class Unavailable(TandemError):

@@ -40,6 +40,7 @@ class PrimaryMetrics:
         self.registry = r = registry if registry is not None else CollectorRegistry()
         self.running = Gauge("vllm:num_requests_running", "Requests that hold KV memory.", registry=r)
         self.waiting = Gauge("vllm:num_requests_waiting", "Requests in the queue.", registry=r)
+        self.waiting_tokens = Gauge("tandem:num_waiting_tokens", "Prompt tokens in the queue.", registry=r)
         self.kv_cache_usage = Gauge("vllm:kv_cache_usage_perc", "Share of the KV budget reserved, 0..1.", registry=r)
         self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens computed.", registry=r)
         self.generation_tokens = Counter("vllm:generation_tokens", "Tokens emitted.", registry=r)
@@ -142,6 +143,12 @@ class DrafterMetrics:
         self.draft_tokens = Counter("tandem:drafter_draft_tokens", "Tokens drafted.", registry=r)
         self.draft_time = Histogram(
             "tandem:drafter_step_seconds", "One step: taking in positions and drafting.", buckets=_SECONDS, registry=r
+        )
+        self.draft_wait = Histogram(
+            "tandem:drafter_wait_seconds",
+            "The longest wait of a step's blocks, from the arrival of what asked for them.",
+            buckets=_SECONDS,
+            registry=r,
         )
         self.busy = Counter("tandem:drafter_busy_seconds", "Time that the engine's thread has worked.", registry=r)
         self.starved = Counter(

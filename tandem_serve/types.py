@@ -65,6 +65,7 @@ class GenerationRequest:
     num_logprobs: int | None = None  # None: none; 0: of the chosen token alone; n: and of the n likeliest
     block_length: int | None = None  # drafts a round, at most; None: the engine's default; 0: the primary alone
     drafter_address: str | None = None  # the router's pairing; None: any drafter that the engine knows
+    timeout_s: float | None = None  # from its arrival at the primary; then it is ended, wherever it is
     traceparent: str | None = None  # W3C trace context of the caller's span; None: not traced
     policy: PolicyName | None = None  # None: the engine's default
     threshold: float | None = None  # StoppingRule.threshold; None: the policy's own
@@ -130,6 +131,8 @@ class TextRequest:
     policy: PolicyName | None = None
     threshold: float | None = None
     mode: DecodingMode = DecodingMode.SPECULATIVE
+    timeout_s: float | None = None  # from its arrival at the router to its last token; None: the operator's
+    client: str = ""  # whose it is, where clients share what there is; "": of everybody who does not say
 
 
 @dataclass(frozen=True, slots=True)

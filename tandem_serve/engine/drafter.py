@@ -95,6 +95,7 @@ class DrafterEngine:
         self._arrived: dict[DraftSequence, list[ExtendSequence]] = {}
         self._rounds: dict[DraftSequence, ExtendSequence] = {}
         self._blocks: dict[DraftSequence, tuple[int, ...]] = {}  # that it has sent: opening token and drafts
+        self._oldest_s = math.inf  # when the first of what it took in had arrived
 
     # -------------------------------------------------------------- any thread
 
@@ -119,7 +120,8 @@ class DrafterEngine:
 
     def submit(self, peer_id: str, commands: Sequence[DrafterCommand]) -> None:
         """See interfaces.Drafter. Commands of peers that are not connected are dropped."""
-        self._post(lambda: self._apply_all(peer_id, commands))
+        arrived_at_s = self._clock()
+        self._post(lambda: self._apply_all(peer_id, commands, arrived_at_s))
 
     def disconnect(self, peer_id: str) -> None:
         """See interfaces.Drafter."""
@@ -167,6 +169,7 @@ class DrafterEngine:
         self._wake.clear()  # before the inbox is read, so that nothing is missed
         started = self._clock()
         self._cache.begin_step()
+        self._oldest_s = math.inf
         had_work = bool(self._inbox)
         for _ in range(len(self._inbox)):
             self._inbox.popleft()()
@@ -186,6 +189,7 @@ class DrafterEngine:
             self.metrics.busy.inc(elapsed)
         if has_drafted:
             self._num_failed_steps = 0
+            self.metrics.draft_wait.observe(self._clock() - self._oldest_s)
         return had_work or has_events
 
     @torch.inference_mode()
@@ -229,10 +233,11 @@ class DrafterEngine:
         for sequence in [each for each in self._cache if each.peer_id == peer_id]:
             self._forget(sequence)
 
-    def _apply_all(self, peer_id: str, commands: Sequence[DrafterCommand]) -> None:
+    def _apply_all(self, peer_id: str, commands: Sequence[DrafterCommand], arrived_at_s: float) -> None:
         peer = self._peers.get(peer_id)
         if peer is None:
             return
+        self._oldest_s = min(self._oldest_s, arrived_at_s)
         for command in commands:
             try:
                 peer.num_credit_bytes += credit_cost_bytes(command)

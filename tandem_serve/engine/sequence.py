@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -100,6 +101,11 @@ class Sequence:
         sequence = cls(request, sink, now_s, list(request.prompt_token_ids), 0, stop_token_ids=stops, trace=trace)
         sequence.close_block()
         return sequence
+
+    @property
+    def deadline_s(self) -> float:
+        """When its time is up, on the engine's clock."""
+        return self.arrived_at_s + (math.inf if self.request.timeout_s is None else self.request.timeout_s)
 
     @property
     def num_prompt_tokens(self) -> int:

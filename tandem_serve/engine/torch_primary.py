@@ -24,7 +24,7 @@ from tandem_serve.engine.scheduler import Run, Scheduler
 from tandem_serve.engine.sequence import Sequence, Sink
 from tandem_serve.engine.telemetry import RequestTelemetry
 from tandem_serve.engine.validation import MAX_BLOCK_LENGTH, check_request
-from tandem_serve.errors import InvalidRequest, Overloaded, Unavailable
+from tandem_serve.errors import DeadlineExceeded, InvalidRequest, Overloaded, TandemError, Unavailable
 from tandem_serve.interfaces import LinkFactory
 from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.models.decoder import Decoder
@@ -179,6 +179,8 @@ class TorchPrimary:
         self._wake.clear()  # before anything is read, so that what arrives from here on is not missed
         self._drain_inbox()
         now = self._clock()
+        for late in [sequence for sequence in self._sequences.values() if sequence.deadline_s <= now]:
+            self._fail(late, DeadlineExceeded("the request's time is up"))
         with self._costing_drafts_only():
             self._drafting.receive(self._sequences, now)
         admitted = self._scheduler.admit()
@@ -257,12 +259,12 @@ class TorchPrimary:
             self._end(sequence, FinishReason.ABORT)
             self._emit(sequence, GenerationStep(request_id, (), finish_reason=FinishReason.ABORT))
 
-    def _fail(self, sequence: Sequence) -> None:
-        """Ends a request that an error has hit; the text can be continued elsewhere with the same seed."""
+    def _fail(self, sequence: Sequence, error: TandemError | None = None) -> None:
+        """Ends a request that an error has hit. None: one of ours; the text can be continued elsewhere."""
         if sequence.request.request_id in self._sequences:
             self._end(sequence, FinishReason.ABORT)
             try:
-                sequence.sink(Unavailable("the primary's engine failed in a step; see its log"))
+                sequence.sink(error or Unavailable("the primary's engine failed in a step; see its log"))
             except Exception:
                 _log.exception("the sink of %s failed", sequence.request.request_id)
 
@@ -297,6 +299,7 @@ class TorchPrimary:
     def _set_gauges(self) -> None:
         self.metrics.running.set(len(self._scheduler.running))
         self.metrics.waiting.set(len(self._scheduler.waiting))
+        self.metrics.waiting_tokens.set(sum(waiting.num_prompt_tokens for waiting in self._scheduler.waiting))
         self.metrics.kv_cache_usage.set(self._budget.usage)
 
     # -------------------------------------------------------------- standalone tandem

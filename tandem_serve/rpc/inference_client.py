@@ -49,8 +49,8 @@ class InferenceClient:
         return parse_list_models_response(message)
 
     def complete(self, request: TextRequest) -> Iterator[TextDelta]:
-        """Streams a request's completions, interleaved. Closing the generator cancels them."""
-        call = self._stub.Generate(generate_request(request), metadata=self._metadata)
+        """Streams a request's completions, interleaved. Closing the generator cancels them; so does timeout_s."""
+        call = self._stub.Generate(generate_request(request), metadata=self._metadata, timeout=request.timeout_s)
         try:
             for message in call:
                 yield parse_generate_response(message)

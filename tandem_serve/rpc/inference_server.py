@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -30,16 +31,27 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 async def generate(
-    service: TextService, message: inference_pb2.GenerateRequest, metadata: Iterable[Any] = ()
+    service: TextService,
+    message: inference_pb2.GenerateRequest,
+    metadata: Iterable[Any] = (),
+    *,
+    peer: str = "",
+    timeout_s: float | None = None,
 ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
     """The Generate method. Raises what the service raises (statuses.set_status puts it on a call).
 
     Of the call's metadata, `traceparent` is the client's trace and `x-request-id` its name for the request.
     """
     request = with_metadata(parse_generate_request(message), metadata)
+    request = replace(request, client=client_of(metadata, peer), timeout_s=timeout_s)
     async with aclosing(service.complete(request)) as deltas:
         async for delta in deltas:
             yield generate_response(delta)
+
+
+def client_of(metadata: Iterable[tuple[str, str | bytes]], peer: str) -> str:
+    """Whose a call is: its credentials, or without any the address that it comes from ("ipv4:host:port")."""
+    return str(dict(metadata).get("authorization", "")) or peer.rpartition(":")[0]
 
 
 async def list_models(service: TextService) -> inference_pb2.ListModelsResponse:
@@ -95,8 +107,9 @@ class InferenceServer(AioServer):
     async def _generate(self, data: bytes, context: Context) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:
             message = fields.parse(inference_pb2.GenerateRequest, data)
-            metadata = context.invocation_metadata() or ()
-            async with aclosing(generate(self._service, message, metadata)) as responses:
+            metadata, left = context.invocation_metadata() or (), context.time_remaining()
+            responses = generate(self._service, message, metadata, peer=context.peer(), timeout_s=left)
+            async with aclosing(responses):
                 async for response in responses:
                     yield response
         except Exception as error:

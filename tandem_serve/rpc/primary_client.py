@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 
 import grpc
 
+from tandem_serve.errors import Unavailable
 from tandem_serve.rpc._gen.tandem.v1 import control_pb2, control_pb2_grpc
 from tandem_serve.rpc.convert_primary import (
     generate_tokens_request,
@@ -56,8 +57,8 @@ class GrpcPrimary:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Streams the sequence; closing the generator cancels the call, which aborts the request over there."""
-        channel = self._current_channel()
-        call = control_pb2_grpc.PrimaryServiceStub(channel).GenerateTokens(generate_tokens_request(request))
+        stub = control_pb2_grpc.PrimaryServiceStub(self._current_channel())
+        call = stub.GenerateTokens(generate_tokens_request(request), timeout=request.timeout_s)
         try:
             async for message in call:
                 yield parse_generate_tokens_response(message, request.request_id)
@@ -74,5 +75,7 @@ class GrpcPrimary:
                 request, timeout=STATUS_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # ours, not a client's
+                raise Unavailable(f"{self.address} does not answer") from error
             raise error_from(error.code(), error.details(), error.trailing_metadata()) from error
         return parse_primary_status_response(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -57,6 +58,7 @@ class PrimaryServer(AioServer):
         try:
             message = fields.parse(control_pb2.GenerateTokensRequest, data)
             request = parse_generate_tokens_request(message, self._vocab_size)
+            request = replace(request, timeout_s=context.time_remaining())  # of the call's own deadline
             async with aclosing(self._primary.generate(request)) as steps:
                 async for step in steps:
                     yield generate_tokens_response(step)

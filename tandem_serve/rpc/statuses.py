@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 import grpc
 
 from tandem_serve.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     ModelMismatch,
     Overloaded,
@@ -32,6 +33,7 @@ _CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (ModelMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (RequestAborted, grpc.StatusCode.CANCELLED),
 )
@@ -99,6 +101,8 @@ def error_from(code: grpc.StatusCode, details: str | None, trailing_metadata: It
         return Unauthenticated(message)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(message, retry_after_s=_seconds(metadata.get(RETRY_AFTER_KEY)))
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(message)
     if code is grpc.StatusCode.CANCELLED:
         return RequestAborted(message)
     return Unavailable(message if code is grpc.StatusCode.UNAVAILABLE else f"{code.name}: {message}")

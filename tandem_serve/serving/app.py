@@ -1,20 +1,33 @@
 """Three Ray Serve applications from one cluster file: the only place that says serve.deployment.
 
-One application a pool, because a change of code or of a request router restarts a whole application; what can change
-without a restart (replica counts, block length) is in the autoscaling block and in user_config.
+One application a pool, because Serve restarts an application as a whole wherever its code, its request router or its
+arguments change. So arguments hold what needs a restart and nothing else (`_restart_part`); what a running pool takes
+(replica counts, bounds, block length, limits) is in its deployment's entry: autoscaling block and user_config.
 """
 
 # No `from __future__ import annotations`: Serve makes a builder's argument from its annotation, which must be a class.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
 
-from tandem_serve.config import ClusterConfig, DrafterPool, ObservabilityConfig, PrimaryPool, RouterPool
+from tandem_serve.config import (
+    AdmissionConfig,
+    Autoscaling,
+    ClusterConfig,
+    DrafterPool,
+    ObservabilityConfig,
+    Pool,
+    PrimaryPool,
+    RouterAutoscaling,
+    RouterLimits,
+    RouterPool,
+)
+from tandem_serve.serving.autoscaling import POLICY_PATH
 from tandem_serve.serving.discovery import REQUEST_ROUTER_PATH
 from tandem_serve.serving.pool_replicas import DRAIN_TIMEOUT_S, DrafterDeployment, PrimaryDeployment
 from tandem_serve.serving.registry import DRAFTER, PRIMARY, ROUTER
@@ -24,6 +37,10 @@ GRPC_SERVICER_FUNCTIONS = [
     "tandem_serve.rpc._gen.tandem.v1.inference_pb2_grpc.add_InferenceServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
+P = TypeVar("P", bound=Pool)
+AnyPool = PrimaryPool | DrafterPool | RouterPool
+
+METRICS = {"metrics_interval_s": 1, "look_back_period_s": 3}  # of what replicas report for autoscaling
 LOGGING = {"enable_access_log": False}  # a line a request costs more than the request's share of a step
 
 
@@ -50,11 +67,14 @@ class RouterArgs(_Args):
 DEPLOYMENTS = {PrimaryArgs: PRIMARY, DrafterArgs: DRAFTER, RouterArgs: ROUTER}
 
 
-def primary_app(args: PrimaryArgs) -> Application:
+# Serve hands a builder the arguments of its entry as a plain dict: it does not see through postponed annotations.
+
+
+def primary_app(args: Any) -> Application:
+    args = PrimaryArgs.model_validate(args)
     engine = args.pool.engine
     deployment = serve.deployment(
         **_options(PRIMARY, args.pool),
-        user_config=primary_user_config(args.pool),
         # The engine queues and refuses by itself; Serve only must not stand in the way, nor of calls for the status.
         max_ongoing_requests=engine.max_num_seqs + engine.max_num_waiting + 64,
         request_router_config={"request_router_class": REQUEST_ROUTER_PATH},
@@ -62,14 +82,21 @@ def primary_app(args: PrimaryArgs) -> Application:
     return deployment(PrimaryDeployment).bind(args.pool, args.drafter_application, args.observability)
 
 
-def drafter_app(args: DrafterArgs) -> Application:
+def drafter_app(args: Any) -> Application:
+    return drafter_deployment(args, DrafterDeployment)
+
+
+def drafter_deployment(args: Any, kind: type[DrafterDeployment]) -> Application:
+    """A drafter pool of this kind of replicas."""
+    args = DrafterArgs.model_validate(args)
     deployment = serve.deployment(
         **_options(DRAFTER, args.pool), request_router_config={"request_router_class": REQUEST_ROUTER_PATH}
     )
-    return deployment(DrafterDeployment).bind(args.pool, args.observability)
+    return deployment(kind).bind(args.pool, args.observability)
 
 
-def router_app(args: RouterArgs) -> Application:
+def router_app(args: Any) -> Application:
+    args = RouterArgs.model_validate(args)
     limit = args.pool.max_ongoing_requests
     deployment = serve.deployment(
         **_options(ROUTER, args.pool),
@@ -83,9 +110,30 @@ def router_app(args: RouterArgs) -> Application:
     )
 
 
-def primary_user_config(pool: PrimaryPool) -> dict[str, Any]:
-    """What a running primary can change: see PrimaryDeployment.reconfigure."""
-    return {"block_length": pool.engine.block_length}
+def user_config(pool: AnyPool) -> dict[str, Any]:
+    """What a running replica takes: see `reconfigure` in pool_replicas.py and router_replica.py."""
+    if isinstance(pool, PrimaryPool):
+        return {"block_length": pool.engine.block_length, "autoscaling": _dumped(pool.autoscaling)}
+    if isinstance(pool, RouterPool):
+        return {part: getattr(pool, part).model_dump(mode="json") for part in ("limits", "admission")}
+    return {"autoscaling": _dumped(pool.autoscaling)}
+
+
+def _dumped(targets: Autoscaling | None) -> dict[str, Any] | None:
+    return None if targets is None else targets.model_dump(mode="json")
+
+
+def _restart_part(pool: P) -> P:
+    """The pool with everything that a running one takes at its default: what is left is what needs a restart."""
+    update: dict[str, Any] = {"num_replicas": 1, "autoscaling": None, "max_surge_percent": 0}
+    if isinstance(pool, PrimaryPool):
+        default = type(pool.engine).model_fields["block_length"].default
+        update["engine"] = pool.engine.model_copy(update={"block_length": default})
+    if isinstance(pool, RouterPool):
+        update |= {"limits": RouterLimits(), "admission": AdmissionConfig()}
+        # Serve's own, for the whole cluster (`serve_config`); no replica looks at them.
+        update |= {name: RouterPool.model_fields[name].default for name in ("host", "http_port", "grpc_port")}
+    return pool.model_copy(update=update)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +145,36 @@ class ClusterApplication:
     args: PrimaryArgs | DrafterArgs | RouterArgs
     route_prefix: str | None = None
 
-    def build(self) -> Application:
-        return self.builder(self.args)
-
     def config(self) -> dict[str, Any]:
-        """Its entry in a Serve config. What may be edited there without a restart is spelt out."""
-        overrides: dict[str, Any] = {"name": DEPLOYMENTS[type(self.args)], **_scaling(self.args.pool.num_replicas)}
-        if isinstance(self.args, PrimaryArgs):
-            overrides["user_config"] = primary_user_config(self.args.pool)
+        """Its entry in a Serve config."""
+        pool = self.args.pool
+        args = self.args.model_copy(update={"pool": _restart_part(pool)})
         return {
             "name": self.name,
             "route_prefix": self.route_prefix,
             "import_path": f"{self.builder.__module__}:{self.builder.__name__}",
-            "args": self.args.model_dump(mode="json"),
+            "args": args.model_dump(mode="json"),
             "logging_config": dict(LOGGING),  # one of its own: as YAML, a shared one would be an anchor and aliases
-            "deployments": [overrides],
+            "deployments": [
+                {
+                    "name": DEPLOYMENTS[type(self.args)],
+                    "max_surge_percent": pool.max_surge_percent,
+                    "autoscaling_config": _scaling(pool),
+                    "user_config": user_config(pool),
+                }
+            ],
         }
+
+
+def application_names(cluster: str) -> tuple[str, str, str]:
+    """Of a cluster's primary, drafter and router pool."""
+    return f"{cluster}-primary", f"{cluster}-drafter", cluster
 
 
 def applications(config: ClusterConfig) -> list[ClusterApplication]:
     """A cluster's applications in the order to start them; the router, alone reachable from outside, comes last."""
-    primary, router = f"{config.name}-primary", config.name
-    drafter = f"{config.name}-drafter" if config.drafter.num_replicas else None
+    primary, drafters, router = application_names(config.name)
+    drafter = drafters if config.drafter.num_replicas else None
     observability = config.observability
     primary_args = PrimaryArgs(pool=config.primary, drafter_application=drafter, observability=observability)
     found = [ClusterApplication(primary, primary_app, primary_args)]
@@ -126,13 +182,23 @@ def applications(config: ClusterConfig) -> list[ClusterApplication]:
         drafter_args = DrafterArgs(pool=config.drafter, observability=observability)
         found.append(ClusterApplication(drafter, drafter_app, drafter_args))
     router_args = RouterArgs(
-        pool=config.router,
+        pool=_with_share(config),
         model=config.primary.model,
         primary_application=primary,
         drafter_application=drafter,
         observability=observability,
     )
     return [*found, ClusterApplication(router, router_app, router_args, route_prefix="/")]
+
+
+def _with_share(config: ClusterConfig) -> RouterPool:
+    """The router pool, told how many sequences of one primary are each router's."""
+    router, share = config.router, config.router.admission.max_running_per_primary
+    if share is None:
+        share = max(config.primary.engine.max_num_seqs // router.num_replicas, 1)
+    return router.model_copy(
+        update={"admission": router.admission.model_copy(update={"max_running_per_primary": share})}
+    )
 
 
 def serve_config(config: ClusterConfig) -> dict[str, Any]:
@@ -158,15 +224,19 @@ def grpc_options(pool: RouterPool) -> dict[str, Any]:
     }
 
 
-def _options(name: str, pool: PrimaryPool | DrafterPool | RouterPool) -> dict[str, Any]:
-    """What all three deployments have in common."""
+def _options(name: str, pool: AnyPool) -> dict[str, Any]:
+    """What all three deployments have in common, but for what is in their entries."""
     resources = pool.resources
     actor: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
+    if resources.memory_bytes:
+        actor["memory"] = resources.memory_bytes
+    if resources.accelerator_type:
+        actor["accelerator_type"] = resources.accelerator_type
     if resources.label_selector:
         actor["label_selector"] = resources.label_selector
     return {
         "name": name,
-        **_scaling(pool.num_replicas),
+        "autoscaling_config": _scaling(pool),
         "ray_actor_options": actor,
         "health_check_period_s": 2,  # a killed replica is out of the view within a second, replaced after about two
         "health_check_timeout_s": 20,
@@ -177,6 +247,16 @@ def _options(name: str, pool: PrimaryPool | DrafterPool | RouterPool) -> dict[st
     }
 
 
-def _scaling(num_replicas: int) -> dict[str, Any]:
+def _scaling(pool: AnyPool) -> dict[str, Any]:
     """A fixed count is an autoscaling block too: adding or dropping the block later would restart the replicas."""
-    return {"autoscaling_config": {"min_replicas": num_replicas, "max_replicas": num_replicas}}
+    bounds: Autoscaling | None = pool.autoscaling
+    scaling: dict[str, Any] = {"min_replicas": pool.num_replicas, "max_replicas": pool.num_replicas}
+    if bounds is not None:
+        # No initial_replicas: Serve would go back to it with every change that is applied.
+        shared = ("min_replicas", "max_replicas", "upscale_delay_s", "downscale_delay_s")
+        scaling = {name: getattr(bounds, name) for name in shared}
+    if isinstance(bounds, RouterAutoscaling):  # Serve's own policy: a router's work is requests that Serve sees
+        return {**scaling, "target_ongoing_requests": bounds.target_ongoing_requests}
+    if isinstance(pool, RouterPool):
+        return scaling
+    return {**scaling, **METRICS, "policy": {"policy_function": POLICY_PATH}}

@@ -22,8 +22,8 @@ from tandem_serve.config import (
     DrafterPool,
     PrimaryEngineConfig,
     PrimaryPool,
-    ReplicaResources,
     VllmEngineConfig,
+    largest,
     load_cluster_config,
     resolve_model,
 )
@@ -32,9 +32,9 @@ from tandem_serve.models.pairs import DEMO, pair_folder
 
 if TYPE_CHECKING:
     from tandem_serve.serving.app import ClusterApplication
+    from tandem_serve.serving.plan import Change
 
 HEALTHY_TIMEOUT_S = 300.0  # vLLM takes a minute on a cold disk
-_LOGS = "/tmp/ray/session_latest/logs/serve"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's is hardly used: tokens and representations travel elsewhere
 
 # Before ray is imported, and only where the user has not set them.
@@ -49,6 +49,8 @@ SERVE_ENVIRONMENT = {
 }
 _ONE_NODE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on any system: it listens on the loopback address alone
 
+_LOCAL_MARK = "tandem_serve_local"  # a resource of the Ray that local_cluster starts
+
 Progress = Callable[[str], None]
 
 
@@ -58,6 +60,7 @@ class Endpoints:
 
     http: str  # http://host:port
     grpc: str  # host:port
+    ray: str  # host:port, for `tandem-serve apply --address`
 
 
 def load_cluster(path: Path) -> ClusterConfig:
@@ -102,6 +105,12 @@ def _with_taps(config: ClusterConfig, drafter: str) -> PrimaryEngineConfig | Vll
     return engine.model_copy(update={"taps": taps})
 
 
+def prepare_environment() -> None:
+    """Before ray is imported. What the user has set stays."""
+    for name, value in SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def local_cluster(config: ClusterConfig, progress: Progress) -> Iterator[Endpoints]:
     """Starts the cluster and yields once it answers; drains and ends it, and every process of it, on the way out.
@@ -112,24 +121,27 @@ def local_cluster(config: ClusterConfig, progress: Progress) -> Iterator[Endpoin
         ConfigError: models that do not fit together, a port that is taken, replicas that do not come up.
         CheckpointError: a model that cannot be loaded.
     """
-    config = _on_one_node(config)
+    config = with_free_ports(_unlabelled(config))
     check_models(config)
-    endpoints = Endpoints(
-        http=f"http://{config.router.host}:{config.router.http_port}",
-        grpc=f"{config.router.host}:{config.router.grpc_port}",
-    )
-    for name, value in {**SERVE_ENVIRONMENT, **_ONE_NODE}.items():
+    prepare_environment()
+    for name, value in _ONE_NODE.items():
         os.environ.setdefault(name, value)
     progress("starting Ray")
     import ray
 
-    from tandem_serve.serving import app
+    from tandem_serve.serving import app, deploying
 
     _start_ray(_num_cpus(config))
+    endpoints = Endpoints(
+        http=f"http://{config.router.host}:{config.router.http_port}",
+        grpc=f"{config.router.host}:{config.router.grpc_port}",
+        ray=ray.get_runtime_context().gcs_address,
+    )
     try:
-        _start_serve(config)
+        deploying.start_serve(config)
         try:
-            _deploy(app.applications(config), progress)
+            progress("loading the models")
+            deploying.deploy(app.serve_config(config), app.application_names(config.name))
             progress("waiting for the first primary")
             _wait_until_healthy(endpoints.http)
             yield endpoints
@@ -138,6 +150,49 @@ def local_cluster(config: ClusterConfig, progress: Progress) -> Iterator[Endpoin
             _delete(app.applications(config))
     finally:
         ray.shutdown()  # takes Serve's controller and proxy along
+
+
+def apply_cluster(
+    config: ClusterConfig, address: str, *, dry_run: bool, show: Callable[[list[Change]], None]
+) -> list[Change]:
+    """Brings what runs on the Ray at `address` to what `config` says. `show` is told the plan before anything is done.
+
+    Starts the cluster where it does not run yet.
+
+    Raises:
+        Unavailable: no Ray there.
+        ConfigError: models that do not fit together, a change that no running cluster can take, replicas that do not
+            come up.
+    """
+    check_models(config)
+    prepare_environment()
+    if (Path.home() / ".ray" / "auth_token").exists():  # what `up` starts asks for it; Ray sends it only if told to
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    from tandem_serve.serving import app, deploying
+    from tandem_serve.serving.plan import Effect, plan
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise Unavailable(f"no Ray at {address}: {error}") from error
+    try:
+        if _LOCAL_MARK in ray.cluster_resources():  # type: ignore[no-untyped-call]
+            config = _unlabelled(config)
+        names = app.application_names(config.name)
+        deployed, wanted = deploying.deployed_config(names), app.serve_config(config)
+        changes = plan(deployed, wanted)
+        show(changes)
+        if stuck := [change.field for change in changes if change.effect is Effect.NEW_CLUSTER]:
+            raise ConfigError(f"no running cluster can change {', '.join(stuck)}: end it and start it anew")
+        if changes and not dry_run:
+            if not deployed["applications"]:
+                deploying.start_serve(config, proxy_location="EveryNode")
+            deploying.deploy(wanted, names)
+        return changes
+    finally:
+        ray.shutdown()
 
 
 def _start_ray(num_cpus: int) -> None:
@@ -152,6 +207,7 @@ def _start_ray(num_cpus: int) -> None:
     ray.init(
         address="local",  # never somebody else's cluster
         num_cpus=num_cpus,
+        resources={_LOCAL_MARK: 1},
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         log_to_driver=False,
@@ -173,24 +229,24 @@ def check_models(config: ClusterConfig) -> None:
             raise ConfigError(f"drafter {config.drafter.model} was not made for this primary: {'; '.join(found)}")
 
 
-def _on_one_node(config: ClusterConfig) -> ClusterConfig:
-    """The same cluster with free ports for those given as 0, and without node labels. Raises ConfigError."""
+def with_free_ports(config: ClusterConfig) -> ClusterConfig:
+    """The same cluster with free ports for those given as 0. Raises ConfigError where a port is taken."""
     router = config.router
     ports = {
         "http_port": _free_port("router.http_port", router.host, router.http_port),
         "grpc_port": _free_port("router.grpc_port", router.host, router.grpc_port),
     }
+    return config.model_copy(update={"router": router.model_copy(update=ports)})
 
-    def unlabelled(resources: ReplicaResources) -> ReplicaResources:
-        return resources.model_copy(update={"label_selector": {}})
 
-    return config.model_copy(
-        update={
-            "primary": config.primary.model_copy(update={"resources": unlabelled(config.primary.resources)}),
-            "drafter": config.drafter.model_copy(update={"resources": unlabelled(config.drafter.resources)}),
-            "router": router.model_copy(update={**ports, "resources": unlabelled(router.resources)}),
-        }
-    )
+def _unlabelled(config: ClusterConfig) -> ClusterConfig:
+    """Without what tells nodes apart: for where there is one."""
+    update = {}
+    for name in ("primary", "drafter", "router"):
+        pool = getattr(config, name)
+        resources = pool.resources.model_copy(update={"label_selector": {}, "accelerator_type": None})
+        update[name] = pool.model_copy(update={"resources": resources})
+    return config.model_copy(update=update)
 
 
 def _free_port(field: str, host: str, port: int) -> int:
@@ -204,54 +260,13 @@ def _free_port(field: str, host: str, port: int) -> int:
 
 
 def _num_cpus(config: ClusterConfig) -> int:
-    """Ray only counts CPUs: on a small machine replicas share them, so it is told of as many as they ask for."""
+    """Ray only counts CPUs: on a small machine replicas share them, so it is told of as many as they may ask for.
 
-    def wanted(resources: ReplicaResources, num_replicas: int) -> float:
-        return resources.num_cpus * num_replicas
-
+    Twice as many as the pools can grow to, for a restart that starts new replicas first, and for `tandem-serve apply`.
+    """
     pools = (config.primary, config.drafter, config.router)
-    total = sum(wanted(pool.resources, pool.num_replicas) for pool in pools)
-    return max(os.cpu_count() or 1, int(total) + 2)
-
-
-def _start_serve(config: ClusterConfig) -> None:
-    from ray import serve
-
-    from tandem_serve.serving import app
-
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options=app.http_options(config.router),
-        grpc_options=app.grpc_options(config.router),
-    )
-
-
-def _deploy(applications: Sequence[ClusterApplication], progress: Progress) -> None:
-    """Starts the applications at once and waits for all. Raises ConfigError where one does not come up."""
-    from ray import serve
-
-    progress("loading the models")
-    targets = [
-        serve.RunTarget(application.build(), name=application.name, route_prefix=application.route_prefix)
-        for application in applications
-    ]
-    try:
-        serve.run_many(targets)
-    except RuntimeError as error:
-        raise ConfigError(f"the cluster did not come up (logs: {_LOGS}): {_reason() or error}") from error
-
-
-def _reason() -> str:
-    """What Serve knows of deployments that failed: the last line of each one's traceback."""
-    from ray import serve
-
-    failed = [
-        (name, deployment.message)
-        for application in serve.status().applications.values()
-        for name, deployment in application.deployments.items()
-        if "Error" in deployment.message
-    ]
-    return "; ".join(f"{name}: {message.strip().splitlines()[-1]}" for name, message in failed)
+    total = sum(pool.resources.num_cpus * largest(pool) for pool in pools)
+    return max(os.cpu_count() or 1, int(2 * total) + 2)
 
 
 def _delete(applications: Sequence[ClusterApplication]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ class TextCompletion:
         *,
         model_name: str,
         eos_token_ids: Sequence[int],
-        limits: RouterLimits,
+        limits: Callable[[], RouterLimits],
     ) -> None:
         self._primary = primary
         self._tokenizer = tokenizer
@@ -65,7 +65,7 @@ class TextCompletion:
             raise InvalidRequest(
                 f"the model {request.model!r} does not exist; this is {self._model_name!r}", field="model"
             )
-        check_text_request(request, self._limits)
+        check_text_request(request, self._limits())
         info = await self._primary_info()
         check_vocabulary(request.stop_token_ids, "stop_token_ids", info.vocab_size)
         prompt = await self._prompt_token_ids(request.prompt, info)
@@ -125,6 +125,7 @@ class TextCompletion:
                 stop_token_ids=(*(() if request.ignore_eos else self._eos_token_ids), *request.stop_token_ids),
                 num_logprobs=request.logprobs,
                 block_length=request.block_length,
+                timeout_s=request.timeout_s,
                 traceparent=request.traceparent,
                 policy=request.policy,
                 threshold=request.threshold,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tandem_serve.config import RouterPool
+from tandem_serve.config import AdmissionConfig, RouterLimits, RouterPool
 from tandem_serve.models.folder import eos_token_ids, load_tokenizer, resolve_folder
+from tandem_serve.serving.admission import Admission, AdmittedTextService
 from tandem_serve.serving.api_keys import ApiKeys
 from tandem_serve.serving.chat import load_chat_template
 from tandem_serve.serving.completion import TextCompletion
@@ -23,11 +24,14 @@ def build_front_end(
     router: PairingRouter,
     tracing: Tracing,
     metrics_targets: Callable[[], Sequence[Target]],
+    limits: Callable[[], RouterLimits] | None = None,
+    admission: Callable[[], AdmissionConfig] | None = None,
 ) -> FrontEnd:
     """The text service and what the HTTP endpoints need beside it. Reads the tokenizer of `model`, no weights.
 
     Args:
         metrics_targets: where the replicas that this router knows serve their metrics.
+        limits, admission: as they are at present; None: always what `pool` says.
 
     Raises:
         CheckpointError: where the tokenizer cannot be loaded.
@@ -37,19 +41,22 @@ def build_front_end(
     tokenizer = load_tokenizer(folder)
     metrics = RouterMetrics()
     metrics.watch(router)
+    limits = limits or (lambda: pool.limits)
     service = TextCompletion(
         router,
         tokenizer,
         model_name=pool.model_name,
         eos_token_ids=eos_token_ids(folder),
-        limits=pool.limits,
+        limits=limits,
     )
+    gate = Admission(admission or (lambda: pool.admission), lambda: router.num_primaries)
+    admitted = AdmittedTextService(service, gate, timeout_s=pool.request_timeout_s)
     return FrontEnd(
-        service=ObservedTextService(service, metrics, tracing),
+        service=ObservedTextService(admitted, metrics, tracing),
         tokenizer=tokenizer,
         chat_template=load_chat_template(folder, tokenizer),
         model_name=pool.model_name,
-        limits=pool.limits,
+        limits=limits,
         metrics=metrics,
         overview=router.overview,
         metrics_targets=metrics_targets,

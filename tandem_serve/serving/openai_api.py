@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -46,7 +46,7 @@ class FrontEnd:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     model_name: str
-    limits: RouterLimits
+    limits: Callable[[], RouterLimits]  # as they are now
     metrics: RouterMetrics
     overview: Callable[[], Awaitable[ClusterOverview]]
     metrics_targets: Callable[[], Sequence[Target]]  # where the replicas that it knows serve their metrics
@@ -81,7 +81,7 @@ class _Endpoints:
         if body.echo and body.logprobs is not None:
             message = "echo with logprobs is not supported: log-probabilities of the prompt are not computed"
             raise ApiError(400, message, param="echo", code="unsupported_parameter")
-        prompts = prompts_of(body.prompt, self._front.limits.max_prompts)
+        prompts = prompts_of(body.prompt, self._front.limits().max_prompts)
         response_id = f"cmpl-{request_id_of(request.headers.get(HEADER))}"
         prefix, traceparent = sequence_prefix(response_id), request.headers.get("traceparent")
         requests = [
@@ -152,7 +152,7 @@ class _Endpoints:
         return JSONResponse(http_sd(self._front.metrics_targets()))
 
     async def _read(self, request: Request) -> bytes:
-        limit = self._front.limits.max_body_bytes
+        limit = self._front.limits().max_body_bytes
         body = await read_body(request, limit)
         if body is None:
             raise ApiError(413, f"the body is longer than {limit} bytes", code="body_too_large")
@@ -209,7 +209,8 @@ class _Endpoints:
         self, http: Request, body: GenerationBody, requests: Sequence[TextRequest], responses: Responses
     ) -> Response:
         """Runs the requests. What is wrong with them is known before the first byte of a stream is sent."""
-        n = body.n or 1
+        n, client = body.n or 1, _client_of(http)
+        requests = [replace(request, timeout_s=body.timeout, client=client) for request in requests]
         deltas = merge([self._front.service.complete(request) for request in requests])
         if body.stream:
             first = await unless_gone(anext(deltas), http.receive)
@@ -258,6 +259,11 @@ async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncGenerator[Any, No
     yield first
     async for item in rest:
         yield item
+
+
+def _client_of(request: Request) -> str:
+    """Whose a request is: its API key, or without one the address that it comes from."""
+    return request.headers.get("authorization") or (request.client.host if request.client else "")
 
 
 def _unknown_model(model: str) -> ApiError:

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tandem_serve.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     ModelMismatch,
     Overloaded,
@@ -57,6 +58,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, Overloaded):
         retry_after = {"Retry-After": str(math.ceil(error.retry_after_s))}
         return ApiError(429, message, type="rate_limit_error", code="overloaded", headers=retry_after)
+    if isinstance(error, DeadlineExceeded):
+        return ApiError(504, message, type="timeout_error", code="deadline_exceeded")
     if isinstance(error, Unavailable):
         return ApiError(503, message, type="service_unavailable_error", code="unavailable")
     if isinstance(error, RequestAborted):

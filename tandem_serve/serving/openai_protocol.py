@@ -100,6 +100,7 @@ class GenerationBody(_Strict):
     stream_options: StreamOptions | None = None
     block_length: int | None = Field(None, ge=0, le=MAX_BLOCK_LENGTH)  # the same as speculation.block_length
     speculation: SpeculationBody | None = None
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)  # ours: seconds until the last token
     return_token_ids: Flag = False  # vLLM's; here also how many of them were drafts
 
     def speculating(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tandem_serve.config import DrafterPool, ObservabilityConfig, PrimaryPool
+from tandem_serve.config import DrafterAutoscaling, DrafterPool, ObservabilityConfig, PrimaryAutoscaling, PrimaryPool
 from tandem_serve.errors import Unavailable
+from tandem_serve.serving.autoscaling import LOAD, drafter_load, primary_load
 from tandem_serve.serving.drafter import DrafterReplica
 from tandem_serve.serving.exposition import serve_metrics
 from tandem_serve.serving.logs import configure_logs
@@ -33,6 +34,7 @@ class PrimaryDeployment(PrimaryReplica):
     """A primary that links to whichever drafters are up."""
 
     def __init__(self, pool: PrimaryPool, drafter_application: str | None, observability: ObservabilityConfig) -> None:
+        self._targets: PrimaryAutoscaling | None = None
         configure_logs(observability.logs, "primary")
         self._tracing = start_tracing(observability.traces, "primary", replica_name())
         super().__init__(
@@ -52,7 +54,14 @@ class PrimaryDeployment(PrimaryReplica):
         return metrics_metadata(self._metrics)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """What app.user_config says, at the start and with every change of it."""
         self.set_block_length(int(user_config["block_length"]))
+        targets = user_config["autoscaling"]
+        self._targets = None if targets is None else PrimaryAutoscaling.model_validate(targets)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For autoscaling.LoadPolicy. A pool of a fixed size has nothing to say."""
+        return {} if self._targets is None else {LOAD: primary_load(self.signals(), self._targets)}
 
     def check_health(self) -> None:
         """Raises where the engine has died or fails in every step: Serve then starts another replica in its place."""
@@ -68,6 +77,7 @@ class DrafterDeployment(DrafterReplica):
     """A drafter that publishes its address. It listens on the address of its node alone."""
 
     def __init__(self, pool: DrafterPool, observability: ObservabilityConfig) -> None:
+        self._targets: DrafterAutoscaling | None = None
         configure_logs(observability.logs, "drafter")
         self._tracing = start_tracing(observability.traces, "drafter", replica_name())
         host = node_address()
@@ -80,6 +90,15 @@ class DrafterDeployment(DrafterReplica):
             tls_folder=pool.tls_folder,
         )
         self._metrics = serve_metrics(self.registry, host, observability.metrics.port)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """As PrimaryDeployment.reconfigure."""
+        targets = user_config["autoscaling"]
+        self._targets = None if targets is None else DrafterAutoscaling.model_validate(targets)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """As PrimaryDeployment.record_autoscaling_stats."""
+        return {} if self._targets is None else {LOAD: drafter_load(self.signals(), self._targets)}
 
     def record_replica_metadata(self) -> dict[str, str]:
         return {ADDRESS: self.address, **metrics_metadata(self._metrics)}

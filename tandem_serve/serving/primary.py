@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
-import torch
 from prometheus_client import CollectorRegistry
 
 from tandem_serve.config import PrimaryEngineConfig, VllmEngineConfig
 from tandem_serve.decoding.goodput import MeasuredBlockLength
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.metrics import PrimaryMetrics
-from tandem_serve.rpc.drafting_client import GrpcLinkFactory
 from tandem_serve.rpc.tls import PeerTls
-from tandem_serve.serving.engines import build_primary
+from tandem_serve.serving.autoscaling import PrimarySignals, Totals
 from tandem_serve.tracing import SpanSink, discard
 from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
@@ -41,10 +39,17 @@ class PrimaryReplica:
         tls_folder: str | None = None,
     ) -> None:
         """Loads the model and starts the engine. Raises CheckpointError, ConfigError (certificates)."""
+        import torch  # here: who only describes a cluster (app.py) has no use for it
+
+        from tandem_serve.rpc.drafting_client import GrpcLinkFactory
+        from tandem_serve.serving.engines import build_primary
+
         tls = PeerTls(tls_folder) if tls_folder else None
         torch.set_num_threads(num_threads)
         self._policy = _block_policy(config)
         self.registry = CollectorRegistry()
+        self._max_num_seqs = config.max_num_seqs
+        self._steps = Totals()
         self._primary = build_primary(
             model,
             config,
@@ -67,6 +72,20 @@ class PrimaryReplica:
         async with aclosing(self._primary.generate(request)) as steps:
             async for step in steps:
                 yield step
+
+    def signals(self) -> PrimarySignals:
+        """What decides how many primaries there should be. Means are of what happened since the last call."""
+
+        def figure(name: str) -> float:
+            return self.registry.get_sample_value(name) or 0.0
+
+        step_s, num_steps = self._steps.since(figure("tandem:step_seconds_sum"), figure("tandem:step_seconds_count"))
+        return PrimarySignals(
+            batch_occupancy=figure("vllm:num_requests_running") / self._max_num_seqs,
+            kv_cache_usage=figure("vllm:kv_cache_usage_perc"),
+            num_waiting_tokens=int(figure("tandem:num_waiting_tokens")),
+            mean_step_s=step_s / num_steps if num_steps else None,
+        )
 
     def set_drafters(self, addresses: Iterable[str]) -> None:
         """The drafters to link to. Any thread."""

@@ -56,12 +56,19 @@ class Pool:
         if member is None:
             yield
             return
-        self._running[member] += 1
-        self._turns[member] += 1
+        self.start(member)
         try:
             yield
         finally:
-            self._running[member] -= 1
+            self.end(member)
+
+    def start(self, member: str) -> None:
+        """One more sequence on a member."""
+        self._running[member] += 1
+        self._turns[member] += 1
+
+    def end(self, member: str) -> None:
+        self._running[member] -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,11 @@ class PairingRouter:
     def pools(self) -> dict[str, Pool]:
         """By name, for the metrics."""
         return {"primary": self._primaries, "drafter": self._drafters}
+
+    @property
+    def num_primaries(self) -> int:
+        """Those that may get sequences."""
+        return len(self._primaries.members)
 
     def set_primaries(self, clients: Mapping[str, Primary]) -> None:
         self._clients = dict(clients)
@@ -166,12 +178,14 @@ class PairingRouter:
         delivered: list[int] = []
         failed: set[str] = set()
         attempt = 0
-        deadline = asyncio.get_running_loop().time() + self._start_timeout_s
+        started = asyncio.get_running_loop().time()
+        deadline = started + self._start_timeout_s
         reason = "no primary is known"
         while True:
             name = await self._pick_primary(failed, deadline, reason)
             drafter = request.drafter_address or self._drafters.pick()
-            part = replace(_resumed(request, delivered, attempt), drafter_address=drafter)
+            elapsed = asyncio.get_running_loop().time() - started
+            part = replace(_resumed(request, delivered, attempt, elapsed), drafter_address=drafter)
             num_delivered = len(delivered)
             try:
                 with (
@@ -232,10 +246,12 @@ class PairingRouter:
         return name
 
 
-def _resumed(request: GenerationRequest, delivered: list[int], attempt: int) -> GenerationRequest:
+def _resumed(request: GenerationRequest, delivered: list[int], attempt: int, elapsed_s: float) -> GenerationRequest:
     """What is left of a request: the tokens delivered so far become prompt."""
     if attempt == 0:
         return request
+    if request.timeout_s is not None:
+        request = replace(request, timeout_s=max(request.timeout_s - elapsed_s, 0.001))
     return replace(
         request,
         request_id=f"{request.request_id}.{attempt}",  # the failed primary may still know the old one

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from tandem_serve.config import ObservabilityConfig, RouterPool
+from tandem_serve.config import AdmissionConfig, ObservabilityConfig, RouterLimits, RouterPool
 from tandem_serve.rpc import inference_server
 from tandem_serve.rpc.authorization import authorization_of
 from tandem_serve.rpc.statuses import set_status
@@ -51,7 +51,16 @@ class RouterDeployment:
         configure_logs(observability.logs, "router")
         self._tracing = start_tracing(observability.traces, "router", replica_name())
         self._router = PairingRouter(spans=self._tracing.sink)
-        self._front_end = build_front_end(pool, model, self._router, self._tracing, self._metrics_targets)
+        self._limits, self._admission = pool.limits, pool.admission
+        self._front_end = build_front_end(
+            pool,
+            model,
+            self._router,
+            self._tracing,
+            self._metrics_targets,
+            limits=lambda: self._limits,
+            admission=lambda: self._admission,
+        )
         self._metrics = serve_metrics(self._front_end.metrics.registry, node_address(), observability.metrics.port)
         self._found: dict[str, Replicas] = {}
         self._loop = asyncio.get_running_loop()
@@ -65,13 +74,19 @@ class RouterDeployment:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._front_end)
 
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """What app.user_config says, at the start and with every change of it."""
+        self._limits = RouterLimits.model_validate(user_config["limits"])
+        self._admission = AdmissionConfig.model_validate(user_config["admission"])
+
     async def Generate(
         self, message: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:
             self._check_authorization(grpc_context)
             metadata = grpc_context.invocation_metadata()
-            async with aclosing(inference_server.generate(self._front_end.service, message, metadata)) as responses:
+            responses = inference_server.generate(self._front_end.service, message, metadata, peer=grpc_context.peer())
+            async with aclosing(responses):
                 async for response in responses:
                     yield response
         except Exception as error:

@@ -51,7 +51,8 @@ async def test_completions_are_those_of_the_service_itself() -> None:
         assert await with_client(address, lambda client: list(client.complete(REQUEST))) == direct
         assert await with_client(address, InferenceClient.models) == CARDS
     first, second = service.requests
-    assert replace(second, request_id=first.request_id) == first
+    assert second.client == "ipv4:127.0.0.1"
+    assert replace(second, request_id=first.request_id, client="") == first
 
 
 @pytest.mark.parametrize(

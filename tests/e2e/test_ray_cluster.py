@@ -9,7 +9,11 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import httpx
 import pytest
@@ -35,21 +39,22 @@ class Up:
 
     def __init__(self, folder: Path) -> None:
         make_pair(folder)
-        (folder / "cluster.yaml").write_text(FILE)
+        self._file = folder / "cluster.yaml"
+        self._file.write_text(FILE)
         self._mark = uuid.uuid4().hex
         self._log = folder / "up.log"
-        environment = {
+        self._environment = {
             **os.environ,
             MARK: self._mark,
             "HOME": str(folder),  # Ray writes a token into it
             "RAY_AUTH_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "tandem_serve.cli", "up", str(folder / "cluster.yaml")]
+        command = [sys.executable, "-m", "tandem_serve.cli", "up", str(self._file)]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
         eventually(self._is_up, "the cluster is up", START_TIMEOUT_S)
-        http, grpc = re.findall(r"[\d.]+:\d+", self._log.read_text())
+        http, grpc, self.ray = re.findall(r"(?:http://|gRPC +|Ray +)([\d.]+:\d+)", self._log.read_text())
         self.cluster = Cluster(f"http://{http}", grpc, "tiny", self._drafter_sequences)
         eventually(lambda: bool(self.linked_drafters()), "the primary is linked to the drafter")
 
@@ -59,9 +64,25 @@ class Up:
 
     def kill_replica(self, deployment: str) -> None:
         """SIGKILL."""
-        found = [pid for pid in self.processes() if _command(pid).startswith(f"ray::ServeReplica:tiny-{deployment}")]
-        assert len(found) == 1
-        os.kill(found[0], signal.SIGKILL)
+        (found,) = self.replicas(deployment)
+        os.kill(found, signal.SIGKILL)
+
+    def replicas(self, deployment: str) -> set[int]:
+        """Process ids; of the router with an empty name."""
+        name = f"ray::ServeReplica:tiny-{deployment}".removesuffix("-")
+        return {pid for pid in self.processes() if _command(pid).startswith(f"{name}:")}
+
+    def has_replicas(self, deployment: str, count: int) -> bool:
+        return len(self.replicas(deployment)) == count
+
+    def apply(self, *options: str, **pools: str) -> str:
+        """`tandem-serve apply` of the file with whole lines replaced; what it printed."""
+        lines = {line.partition(":")[0]: line for line in FILE.strip().splitlines()} | pools
+        self._file.write_text("\n".join(lines.values()))
+        command = [sys.executable, "-m", "tandem_serve.cli", "apply", str(self._file), "--address", self.ray, *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=self._environment, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def processes(self) -> list[int]:
         """Every process of the cluster that lives."""
@@ -100,6 +121,28 @@ class Up:
 def _command(pid: int) -> str:
     """Empty for a process that is dead and only not yet waited for."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+
+
+@contextmanager
+def streaming(cluster: Cluster) -> Iterator[None]:
+    """Two clients stream meanwhile, one completion after the other; each must come whole and unchanged."""
+    body = {"temperature": 0.9, "seed": 6, "max_tokens": 400, "ignore_eos": True}
+    plain, texts, stop = cluster.text(block_length=0, **body), list[str](), Event()
+
+    def stream() -> None:
+        while not stop.is_set():
+            texts.append("".join(choice["text"] for choice in cluster.choices_while({}, **body)))
+
+    with ThreadPoolExecutor(2) as clients:
+        running = [clients.submit(stream) for _ in range(2)]
+        try:
+            yield
+        finally:
+            stop.set()
+        for client in running:
+            client.result()
+    assert texts
+    assert set(texts) == {plain}
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +193,50 @@ class TestRayCluster(ServingContract):
         ports |= {9520 + i: "observability.metrics.port" for i in range(16)}
         ports |= {int(address.rsplit(":", 1)[1]): "drafter" for address in up.linked_drafters()}
         assert listeners.found(up.processes(), ports) == listeners.documented()
+
+    def test_apply_changes_pools_in_place_while_streams_run(self, up: Up, cluster: Cluster) -> None:
+        pools = ("primary", "drafter", "")
+        before = {pool: up.replicas(pool) for pool in pools}
+        with streaming(cluster):
+            said = up.apply(
+                primary="primary: {model: primary, resources: {num_cpus: 0.5}, "
+                "engine: {kv_cache_tokens: 16384, block_length: 2}}",
+                drafter="drafter: {model: drafter, num_replicas: 2, resources: {num_cpus: 0.5}}",
+                router="router: {model_name: tiny, http_port: 0, grpc_port: 0, limits: {max_n: 3}}",
+            )
+            assert said.count("[in place]") == 4, said  # two bounds, block length, limit
+            eventually(lambda: len(up.linked_drafters()) == 2, "the primary is linked to the second drafter")
+        assert httpx.post(f"{cluster.http}/v1/completions", json={"prompt": "a", "n": 4}).status_code == 400
+        drafted = [choice["num_draft_tokens"] for choice in cluster.choices_while({}, temperature=0, max_tokens=48)]
+        assert max(drafted) == 2
+        after = {pool: up.replicas(pool) for pool in pools}
+        assert {pool: before[pool] - after[pool] for pool in pools} == {pool: set() for pool in pools}
+        assert [len(after[pool]) for pool in pools] == [1, 2, 1]
+
+        said = up.apply("--dry-run", primary="primary: {model: primary, engine: {kv_cache_tokens: 8192}}")
+        assert "engine.kv_cache_tokens: 16384 -> 8192  [restarts the pool]" in said
+        assert {pool: up.replicas(pool) for pool in pools} == after
+        with streaming(cluster):  # what is paired with the drafter that goes goes on
+            up.apply()
+            eventually(partial(up.has_replicas, "drafter", 1), "a drafter has gone", REPLACE_TIMEOUT_S)
+        assert {pool: up.replicas(pool) for pool in ("primary", "")} == {pool: before[pool] for pool in ("primary", "")}
+
+    def test_each_pool_grows_and_shrinks_by_its_own_need(self, up: Up, cluster: Cluster) -> None:
+        """Two contrived loads: one that drafters find hard, one that primaries do. Texts do not notice."""
+        line = "{pool}: {{model: {pool}, resources: {{num_cpus: 0.5}}{engine}{autoscaling}}}"
+        engine = ", engine: {kv_cache_tokens: 16384}"
+        pace = "max_replicas: 2, upscale_delay_s: 0.5, downscale_delay_s: 1"
+        easy, hard = (f", autoscaling: {{{pace}, target_occupancy: {target}}}" for target in (1, 0.01))
+        for growing, other, targets in (("drafter", "primary", (easy, hard)), ("primary", "drafter", (hard, easy))):
+            up.apply(
+                primary=line.format(pool="primary", engine=engine, autoscaling=targets[0]),
+                drafter=line.format(pool="drafter", engine="", autoscaling=targets[1]),
+            )
+            with streaming(cluster):
+                eventually(partial(up.has_replicas, growing, 2), f"a second {growing}", REPLACE_TIMEOUT_S)
+                assert up.has_replicas(other, 1)
+            eventually(partial(up.has_replicas, growing, 1), f"one {growing} again", REPLACE_TIMEOUT_S)
+            assert up.has_replicas(other, 1)
 
     def test_a_stream_outlives_the_order_to_stop(self, up: Up, cluster: Cluster) -> None:
         """The last test: it ends the cluster."""

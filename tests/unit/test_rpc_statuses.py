@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from tandem_serve.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     ModelMismatch,
     Overloaded,
@@ -25,6 +26,7 @@ from tandem_serve.rpc.statuses import error_from, set_status, status_of
         (InvalidRequest("no single field"), grpc.StatusCode.INVALID_ARGUMENT),
         (ModelMismatch("taps"), grpc.StatusCode.FAILED_PRECONDITION),
         (Overloaded("full", retry_after_s=2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
         (Unavailable("nobody"), grpc.StatusCode.UNAVAILABLE),
         (RequestAborted("gone"), grpc.StatusCode.CANCELLED),
     ],
@@ -50,7 +52,7 @@ def test_long_messages_are_cut() -> None:
     assert len(status_of(InvalidRequest("x" * 100_000, field="y" * 100_000)).details) < 4096
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED])
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN])
 def test_other_codes_mean_try_elsewhere(code: grpc.StatusCode) -> None:
     error = error_from(code, "boom", None)
     assert isinstance(error, Unavailable)

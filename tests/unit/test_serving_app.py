@@ -85,19 +85,20 @@ def test_the_serve_config_is_one_that_serve_takes(models: Path) -> None:
     schema = ServeDeploySchema.model_validate(yaml.safe_load(yaml.safe_dump(app.serve_config(config))))
     primary, drafter, router = schema.applications
     assert primary.import_path == "tandem_serve.serving.app:primary_app"
-    assert drafter.deployments[0].autoscaling_config == {"min_replicas": 2, "max_replicas": 2}
-    assert primary.deployments[0].user_config == {"block_length": 3}
+    scaling = drafter.deployments[0].autoscaling_config
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (2, 2)
+    assert primary.deployments[0].user_config == {"block_length": 3, "autoscaling": None}
     assert router.route_prefix == "/"
     assert schema.http_options.port == 8000
     # what the arguments say is what the builders are given
     args = app.RouterArgs.model_validate(router.args)
     assert (args.primary_application, args.drafter_application) == ("c-primary", "c-drafter")
-    assert app.DrafterArgs.model_validate(drafter.args).pool == config.drafter
+    assert app.DrafterArgs.model_validate(drafter.args).pool.resources == config.drafter.resources
 
 
 def test_deployments_can_be_placed_scaled_and_drained(models: Path) -> None:
     config = load_cluster(write(models))
-    built = {a.name: a.build()._bound_deployment for a in app.applications(config)}
+    built = {a.name: a.builder(a.config()["args"])._bound_deployment for a in app.applications(config)}
     assert {name: deployment.name for name, deployment in built.items()} == {
         "c-primary": "Primary",
         "c-drafter": "Drafter",

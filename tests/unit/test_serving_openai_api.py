@@ -38,13 +38,15 @@ def app_over(primary: ScriptedPrimary, chat_folder: Path | None = None) -> Any:
     router = PairingRouter(start_timeout_s=0.0)
     router.set_primaries({"p0": primary})
     limits = RouterLimits(max_n=4, max_prompts=3, max_logprobs=5, max_body_bytes=4096)
-    service = TextCompletion(router, TOKENIZER, model_name="m", eos_token_ids=(END_OF_TEXT_ID,), limits=limits)
+    service = TextCompletion(router, TOKENIZER, model_name="m", eos_token_ids=(END_OF_TEXT_ID,), limits=lambda: limits)
     metrics = RouterMetrics()
     metrics.watch(router)
     template = load_chat_template(chat_folder, TOKENIZER) if chat_folder else None
     observed = ObservedTextService(service, metrics, Tracing())
     targets = [Target("10.0.0.1:9520", {"pool": "primary", "replica": "a"})]
-    return create_app(FrontEnd(observed, TOKENIZER, template, "m", limits, metrics, router.overview, lambda: targets))
+    return create_app(
+        FrontEnd(observed, TOKENIZER, template, "m", lambda: limits, metrics, router.overview, lambda: targets)
+    )
 
 
 def client_of(app: Any) -> httpx.AsyncClient:

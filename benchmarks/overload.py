@@ -1,0 +1,113 @@
+"""Half load against ten times what a cluster can carry: inter-token latency, time to a 429, and memory.
+
+    python benchmarks/overload.py --url http://127.0.0.1:8000 --seats 8 --seconds 30 --json runs/overload.json
+
+Clients stream one completion after the other, each under an API key of its own; one that is refused waits as long as it
+is told. `--seats` is the primaries' max_num_seqs in all. Resident memory is that of this machine's replicas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+
+
+@dataclass
+class Tally:
+    """What the clients of one phase saw."""
+
+    gaps_s: list[float] = field(default_factory=list)  # between two events of a stream
+    first_s: list[float] = field(default_factory=list)
+    refusal_s: list[float] = field(default_factory=list)  # from sending to a 429
+    completed: int = 0
+
+
+async def client(url: str, number: int, until: float, max_tokens: int, tally: Tally) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=f"client-{number}", max_retries=0) as api:
+        turn = 0
+        while time.monotonic() < until:
+            started = last = time.monotonic()
+            try:
+                stream = await api.completions.create(
+                    model="",
+                    prompt=f"# {number} {turn}\ndef function(",
+                    max_tokens=max_tokens,
+                    stream=True,
+                    seed=turn,
+                    extra_body={"ignore_eos": True},
+                )
+                is_first = True
+                async for _ in stream:
+                    now = time.monotonic()
+                    (tally.first_s if is_first else tally.gaps_s).append(now - last)
+                    last, is_first = now, False
+                tally.completed += 1
+            except openai.RateLimitError as error:
+                tally.refusal_s.append(time.monotonic() - started)
+                await asyncio.sleep(float(error.response.headers["retry-after"]))
+            turn += 1
+
+
+async def phase(url: str, num_clients: int, seconds: float, max_tokens: int) -> dict[str, Any]:
+    tally, before = Tally(), resident_bytes()
+    until = time.monotonic() + seconds
+    await asyncio.gather(*(client(url, number, until, max_tokens, tally) for number in range(num_clients)))
+    return {
+        "clients": num_clients,
+        "completed": tally.completed,
+        "refused": len(tally.refusal_s),
+        "inter_token_s": percentiles(tally.gaps_s),
+        "first_token_s": percentiles(tally.first_s),
+        "refusal_s": percentiles(tally.refusal_s),
+        "resident_bytes": {"before": before, "after": resident_bytes()},
+    }
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {f"p{share}": round(ordered[len(ordered) * share // 100], 4) for share in (50, 90, 99)} if ordered else {}
+
+
+def resident_bytes() -> dict[str, int]:
+    """Of the replicas on this machine, by the name that Ray gives their processes."""
+    found: dict[str, int] = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode() if entry.name.isdigit() else ""
+            if command.startswith("ray::ServeReplica:"):
+                found[f"{command.split()[0]} {entry.name}"] = int((entry / "statm").read_text().split()[1]) * 4096
+        except OSError:  # gone meanwhile
+            continue
+    return found
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    await phase(options.url, 1, 2.0, options.max_tokens)  # warm
+    half = await phase(options.url, max(options.seats // 2, 1), options.seconds, options.max_tokens)
+    over = await phase(options.url, 10 * options.seats, options.seconds, options.max_tokens)
+    return {"seats": options.seats, "half_load": half, "ten_times": over}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--seats", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    report = asyncio.run(measure(options))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
