@@ -30,6 +30,7 @@ MADE_FROM = {
     "base": "kubernetes",
     "overlays/dev-cpu": "kubernetes-dev",
     "overlays/gpu-static": "kubernetes-gpu",
+    "overlays/gpu-autoscaled": "kubernetes-autoscaled",
     "overlays/incremental-upgrade": "kubernetes-incremental",
 }
 OTHERS_KINDS = {  # of CRDs whose schemas are not at hand
@@ -237,11 +238,24 @@ def test_names_lead_to_something(folder: str) -> None:
 
 
 @needs_kubectl
-def test_gpus_are_where_they_were_asked_for() -> None:
-    for name, template in pods("overlays/gpu-static").items():
-        wants = "nvidia.com/gpu" in template["spec"]["containers"][0]["resources"]["limits"]
-        assert wants is (name in ("primary", "drafter"))
-        assert ("tolerations" in template["spec"]) is wants
+def test_gpus_and_scaling_are_where_they_were_asked_for() -> None:
+    for folder in ("overlays/gpu-static", "overlays/gpu-autoscaled"):
+        found = pods(folder)
+        for name, template in found.items():
+            wants = "nvidia.com/gpu" in template["spec"]["containers"][0]["resources"]["limits"]
+            assert wants is (name in ("primary", "drafter"))
+            assert ("tolerations" in template["spec"]) is wants
+    static, elastic = (one(f"overlays/{name}", "RayService")["spec"] for name in ("gpu-static", "gpu-autoscaled"))
+    assert "enableInTreeAutoscaling" not in static["rayClusterConfig"]
+    assert elastic["rayClusterConfig"]["enableInTreeAutoscaling"] is True
+    groups = {group["groupName"]: group for group in elastic["rayClusterConfig"]["workerGroupSpecs"]}
+    config = yaml.safe_load(elastic["serveConfigV2"])
+    for application in config["applications"]:
+        group = groups[application["args"]["pool"]["resources"]["label_selector"]["pool"]]
+        (deployment,) = application["deployments"]
+        scaling = deployment["autoscaling_config"]
+        assert (scaling["min_replicas"], scaling["max_replicas"]) == (group["minReplicas"], group["maxReplicas"])
+    assert groups["primary"]["minReplicas"] < groups["primary"]["maxReplicas"]
 
 
 @needs_kubectl
