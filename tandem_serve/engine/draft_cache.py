@@ -12,6 +12,7 @@ from tandem_serve.errors import Overloaded
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.types import OpenSequence, SamplingParams
 
+PLENTY = 0.75  # of the budget; while less is reserved, there is memory to draft ahead in
 KV_BLOCK_SIZE = 64  # tokens; buffers grow by half of themselves, in whole blocks
 
 
@@ -109,16 +110,21 @@ class DraftCache:
         Raises:
             Overloaded: the sequences in use leave no memory for it.
         """
-        while not self.try_make_room(sequence, num_positions):
-            self._evict_idle(f"no room for a sequence of {num_positions} positions in the KV cache")
-
-    def try_make_room(self, sequence: DraftSequence, num_positions: int) -> bool:
-        """The same, without evicting anything: whether there was memory for it."""
         if num_positions <= sequence.kv.capacity:
-            return True
+            return
         limit = self.budget.round_up(self._decoder.config.max_position_embeddings)
         wished = self.budget.round_up(num_positions + num_positions // 2)
         capacity = max(min(wished, limit), self.budget.round_up(num_positions))
+        while not self._grow(sequence, capacity):
+            self._evict_idle(f"no room for a sequence of {num_positions} positions in the KV cache")
+
+    def spare_room(self, sequence: DraftSequence, num_positions: int) -> bool:
+        """The same for what is not owed to anyone: whether there is room, without evicting, out of plenty alone."""
+        if num_positions <= sequence.kv.capacity:
+            return True
+        return self.budget.usage < PLENTY and self._grow(sequence, self.budget.round_up(num_positions))
+
+    def _grow(self, sequence: DraftSequence, capacity: int) -> bool:
         if not self.budget.try_reserve(capacity - sequence.reserved_tokens):
             return False
         sequence.reserved_tokens = capacity

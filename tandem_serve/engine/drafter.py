@@ -326,16 +326,17 @@ class DrafterEngine:
             self._spans(Span("draft", round_.child(), round_, started_at_s, started_at_s + elapsed_s, attributes))
 
     def _answer_from_ahead(self, started_at_s: float) -> None:
-        """Rounds whose blocks are there already go out before anything is computed."""
+        """Rounds whose blocks are there already, as long as they are asked for, go out before anything is computed."""
         for sequence, commands in self._arrived.items():
             ahead = self._ahead.take(sequence)  # in any case: its places are about to be written
             command = self._rounds.get(sequence)
             if ahead is None or command is None or command.next_token_id is None or not command.is_of_fixed_length:
                 continue
             token_ids = [token_id for each in commands for token_id in each.token_ids]
-            drafts = ahead.drafts_after(commands[0].start_position, token_ids, command.next_token_id)
-            (self.metrics.ahead_hits if drafts else self.metrics.ahead_misses).inc()
-            if drafts:
+            drafts = ahead.drafts_after(commands[0].start_position, token_ids, command.next_token_id) or ()
+            is_hit = len(drafts) >= command.block_length
+            (self.metrics.ahead_hits if is_hit else self.metrics.ahead_misses).inc()
+            if is_hit:
                 del self._rounds[sequence]
                 elapsed = self._clock() - started_at_s
                 self._answer(sequence, command, drafts[: command.block_length], started_at_s, elapsed)
@@ -344,11 +345,16 @@ class DrafterEngine:
 
     def _begin_ahead(self) -> None:
         """Notes what may be drafted ahead, once this step has nothing else to write."""
-        for sequence, (opening_token_id, *drafts) in self._blocks.items():
+        blocks, self._blocks = self._blocks, {}
+        for sequence, (opening_token_id, *drafts) in blocks.items():
             block = self._model.open_block(sequence, opening_token_id, drafts)
-            if block is not None and self._cache.try_make_room(sequence, block.num_positions):
-                self._ahead.begin(sequence, block)
-        self._blocks.clear()
+            if block is None:
+                continue
+            try:
+                if self._cache.spare_room(sequence, block.num_positions):
+                    self._ahead.begin(sequence, block)
+            except Exception:  # the budget was set higher than the memory there is; nobody is owed this
+                _log.exception("no memory to draft ahead in")
 
     # -------------------------------------------------------------- answers
 

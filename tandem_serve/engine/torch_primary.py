@@ -188,7 +188,7 @@ class TorchPrimary:
             self._begin(sequence)
         opening = [s for s in admitted if not s.is_prefilling]  # a drafter opens with their only token
         has_sent = bool(opening) and self._send(opening)
-        self._adopt_drafts(now)
+        has_adopted = self._adopt_drafts(now)
         runs = self._scheduler.select(
             lambda s: not s.num_unverified and self._drafting.is_ready(s, now), self._drafting.take_drafts
         )
@@ -206,7 +206,7 @@ class TorchPrimary:
         self.metrics.busy.inc(max(self._clock() - now, 0.0))
         if has_run:
             self.num_failed_steps = 0
-        return bool(runs) or has_sent
+        return bool(runs) or has_sent or has_adopted
 
     def _send(self, sequences: Collection[Sequence]) -> bool:
         """Tells the drafters what they lack. True where anything went out."""
@@ -304,10 +304,11 @@ class TorchPrimary:
 
     # -------------------------------------------------------------- standalone tandem
 
-    def _adopt_drafts(self, now_s: float) -> None:
+    def _adopt_drafts(self, now_s: float) -> bool:
         """Makes text of the drafts of standalone sequences. A block that is full, or stays without drafts, is closed:
-        the primary runs it.
+        the primary runs it. True where there were any: should nothing more be asked for, the next step closes theirs.
         """
+        has_adopted = False
         for sequence in [s for s in self._scheduler.running if s.is_standalone and not s.is_prefilling]:
             is_open = sequence.num_unverified or self._drafting.has_drafts(sequence)
             if not is_open or not self._drafting.is_ready(sequence, now_s):
@@ -316,8 +317,10 @@ class TorchPrimary:
             if drafts:
                 self._grow(sequence, list(drafts), len(drafts), len(drafts), None)
                 sequence.num_unverified += len(drafts)
+                has_adopted = True
             if not drafts or sequence.num_unverified >= self._drafting.block_length(sequence):
                 sequence.close_block()
+        return has_adopted
 
     # -------------------------------------------------------------- one forward pass
 
@@ -358,7 +361,8 @@ class TorchPrimary:
     def _advance(self, run: Run, outcome: Verified, logits: Tensor) -> None:
         """Adds what a run has yielded to its sequence. logits [G + 1, V] are those that chose it."""
         sequence, num_drafts, num_accepted = run.sequence, len(run.draft_token_ids), outcome.num_accepted_tokens
-        if (spec := sequence.speculation) is not None and spec.has_drafted and sequence.last_token_at_s is not None:
+        spec = None if sequence.is_standalone else sequence.speculation
+        if spec is not None and spec.has_drafted and sequence.last_token_at_s is not None:
             round_s = self._clock() - sequence.last_token_at_s
             self._policy.observe_round(sequence.request, num_drafts, num_accepted, spec.draft_s, round_s)
         self._grow(sequence, outcome.token_ids, num_accepted, num_drafts, logits)

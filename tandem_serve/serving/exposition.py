@@ -45,6 +45,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
+    timeout = 10.0  # seconds that a connection may say nothing
 
     def do_GET(self) -> None:
         body = generate_latest(self.server.registry)

@@ -16,7 +16,7 @@ from tandem_serve.engine.vllm_primary.request_drafting import Outcome, RequestDr
 from tandem_serve.errors import ConfigError
 from tandem_serve.interfaces import LinkState
 from tandem_serve.metrics import WithoutDraft
-from tandem_serve.types import SamplingParams
+from tandem_serve.types import PolicyName, SamplingParams
 from tests.drafter_peer import TEXT, expected_drafts, representations
 from tests.engines import GREEDY, a_request, make_drafter_engine, tiny_drafter, tiny_primary
 from tests.scripted_link import Clock, ScriptedLink
@@ -151,12 +151,13 @@ def test_prefixes_are_bounded_and_the_least_recently_used_goes_first() -> None:
 
 
 def test_options_and_requests_survive_their_way_through_vllm() -> None:
-    options = TandemOptions(tiny_primary()[1], taps=(1, 3), drafters=("a:1",), block_length=3)
-    assert TandemOptions.from_config(options.to_config()) == options
+    kept = TandemOptions(tiny_primary()[1], taps=(1, 3), drafters=("a:1",), block_length=3)
+    assert TandemOptions.from_config(kept.to_config()) == kept
     for damaged in ({}, None, {"tandem": {"primary": {}}}):
         with pytest.raises(ConfigError, match="additional_config"):
             TandemOptions.from_config(damaged)
-    request = a_request("r", (1, 2), 9, SamplingParams(0.8, seed=3), block_length=2, drafter_address="a:1")
+    options = {"block_length": 2, "drafter_address": "a:1", "policy": PolicyName.ENTROPY, "threshold": 0.3}
+    request = a_request("r", (1, 2), 9, SamplingParams(0.8, seed=3), **options)
     extra = extra_args(request, shared_noise=True)
     assert drafting_request("vllm-id", (1, 2), 9, extra) == request
     assert noise_sampling(extra) == request.sampling

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tandem_serve.engine.validation import MAX_REQUEST_ID_BYTES
-from tandem_serve.types import GenerationRequest, SamplingParams
+from tandem_serve.types import DecodingMode, GenerationRequest, PolicyName, SamplingParams
 
 KEY = "tandem"
 _GREEDY = SamplingParams(temperature=0.0)
@@ -21,6 +21,10 @@ def extra_args(request: GenerationRequest, *, shared_noise: bool) -> dict[str, A
             "sampling": asdict(request.sampling) if shared_noise else None,
             "block_length": request.block_length,
             "drafter_address": request.drafter_address,
+            "traceparent": request.traceparent,
+            "policy": request.policy,
+            "threshold": request.threshold,
+            "mode": request.mode,
         }
     }
 
@@ -48,4 +52,8 @@ def drafting_request(
         max_tokens=max_tokens,
         block_length=found.get("block_length"),
         drafter_address=found.get("drafter_address"),
+        traceparent=found.get("traceparent"),
+        policy=None if found.get("policy") is None else PolicyName(found["policy"]),
+        threshold=found.get("threshold"),
+        mode=DecodingMode(found.get("mode", DecodingMode.SPECULATIVE)),
     )
