@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
 from tandem_serve.engine.canonical import canonical_logits
+from tandem_serve.engine.drafter import DrafterEngine
 from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.engine.torch_primary import TorchPrimary
 from tandem_serve.errors import InvalidRequest
@@ -176,3 +177,18 @@ def test_what_needs_verification_is_refused(change: dict[str, object], field: st
     with pytest.raises(InvalidRequest) as caught:
         make_engine().submit(a_request(mode=TANDEM, **change), Output())
     assert caught.value.field == field
+
+
+@VARIANTS
+def test_a_block_that_outgrows_the_drafter_is_closed(mode: DecodingMode) -> None:
+    """The drafter's last position falls inside a block: nothing more can be asked for, and the primary goes on."""
+    model, info = tiny_drafter()
+    drafter = DrafterEngine(model, replace(info, max_model_len=20), DrafterEngineConfig())
+    engine = make_engine(link_factory=local_link_factory({"d": drafter}, synchronous=True))
+    engine.set_drafters(["d"])
+    output = Output()
+    engine.submit(a_request(max_tokens=40, mode=mode, block_length=1000), output)
+    while engine.has_work:
+        assert engine.step(), f"it waits for ever behind {len(output.token_ids)} tokens"
+    assert len(output.token_ids) == 40
+    assert output.errors == []
