@@ -168,6 +168,9 @@ def apply_cluster(
     prepare_environment()
     if (Path.home() / ".ray" / "auth_token").exists():  # what `up` starts asks for it; Ray sends it only if told to
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if address.startswith("127."):  # what `up` starts knows itself by this address alone
+        for name, value in _ONE_NODE.items():
+            os.environ.setdefault(name, value)
     import ray
 
     from tandem_serve.serving import app, deploying

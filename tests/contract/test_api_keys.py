@@ -50,9 +50,7 @@ def front_end(keys: ApiKeys | None) -> FrontEnd:
     router = PairingRouter(start_timeout_s=0.0)
     router.set_primaries({"p": ScriptedPrimary()})
     metrics = RouterMetrics()
-    return FrontEnd(
-        ScriptedText(), make_tokenizer(), None, "demo", RouterLimits(), metrics, router.overview, list, keys
-    )
+    return FrontEnd(ScriptedText(), make_tokenizer(), None, "demo", RouterLimits, metrics, router.overview, list, keys)
 
 
 async def statuses(keys: ApiKeys | None, headers: dict[str, str]) -> dict[str, int]:
