@@ -32,8 +32,10 @@ def chaos(
 
     with reported():
         size = TrialSize(num_faults=faults, num_streams=streams, max_tokens=max_tokens, seed=seed)
-        with Console(stderr=True).status("") as spinner:
-            report = run_trial(load_cluster(file), size, spinner.update)
+        console = Console(stderr=True)
+        with console.status("") as spinner:
+            progress = spinner.update if console.is_terminal else console.print
+            report = run_trial(load_cluster(file), size, progress)
     for fault in report["faults"]:
         recovery = "not whole again" if fault["recovery_s"] is None else f"whole after {fault['recovery_s']} s"
         typer.echo(f"{fault['at_s']:7.1f} s  {fault['kind']:18} {recovery}, longest pause {fault['longest_pause_s']} s")

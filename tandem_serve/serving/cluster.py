@@ -47,7 +47,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
 }
-_ONE_NODE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on any system: it listens on the loopback address alone
+_ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on any system: 127.0.0.1 stays what it is
 
 _LOCAL_MARK = "tandem_serve_local"  # a resource of the Ray that local_cluster starts
 
@@ -105,9 +105,13 @@ def _with_taps(config: ClusterConfig, drafter: str) -> PrimaryEngineConfig | Vll
     return engine.model_copy(update={"taps": taps})
 
 
-def prepare_environment() -> None:
-    """Before ray is imported. What the user has set stays."""
-    for name, value in SERVE_ENVIRONMENT.items():
+def prepare_environment(*, is_one_machine: bool = False) -> None:
+    """Before ray is imported. What the user has set stays.
+
+    is_one_machine: all nodes listen on the loopback address alone. Unless it is told, Ray takes that for the machine's
+    outer address, where nobody answers.
+    """
+    for name, value in (SERVE_ENVIRONMENT | (_ONE_MACHINE if is_one_machine else {})).items():
         os.environ.setdefault(name, value)
 
 
@@ -123,9 +127,7 @@ def local_cluster(config: ClusterConfig, progress: Progress) -> Iterator[Endpoin
     """
     config = with_free_ports(_unlabelled(config))
     check_models(config)
-    prepare_environment()
-    for name, value in _ONE_NODE.items():
-        os.environ.setdefault(name, value)
+    prepare_environment(is_one_machine=True)
     progress("starting Ray")
     import ray
 
@@ -165,12 +167,9 @@ def apply_cluster(
             come up.
     """
     check_models(config)
-    prepare_environment()
+    prepare_environment(is_one_machine=address.startswith("127."))  # as what `up` starts
     if (Path.home() / ".ray" / "auth_token").exists():  # what `up` starts asks for it; Ray sends it only if told to
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if address.startswith("127."):  # what `up` starts knows itself by this address alone
-        for name, value in _ONE_NODE.items():
-            os.environ.setdefault(name, value)
     import ray
 
     from tandem_serve.serving import app, deploying

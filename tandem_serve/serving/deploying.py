@@ -50,20 +50,25 @@ def deployed_config(names: Collection[str] | None = None) -> dict[str, Any]:
 
 
 def deploy(wanted: Mapping[str, Any], cluster: Collection[str], *, timeout_s: float = READY_TIMEOUT_S) -> None:
-    """Deploys the applications of a Serve config and waits until they run.
-
-    `cluster` names all that belong to the same cluster: those that `wanted` lacks end. What else this Serve runs stays.
+    """Deploys the applications of a Serve config and waits until they run. See `submit`.
 
     Raises:
         ConfigError: they do not come up; says why as far as Serve knows.
     """
+    submit(wanted, cluster)
+    _wait_until_running([entry["name"] for entry in wanted["applications"]], timeout_s)
+
+
+def submit(wanted: Mapping[str, Any], cluster: Collection[str]) -> None:
+    """Tells Serve what is wanted, and no more.
+
+    `cluster` names all that belong to the same cluster: those that `wanted` lacks end. What else this Serve runs stays.
+    """
     from ray.serve.schema import ServeDeploySchema
 
-    names = [entry["name"] for entry in wanted["applications"]]
     others = [entry for entry in deployed_config()["applications"] if entry["name"] not in cluster]
     schema = ServeDeploySchema.model_validate({**wanted, "applications": [*others, *wanted["applications"]]})
     _client().deploy_apps(schema)
-    _wait_until_running(names, timeout_s)
 
 
 def details() -> dict[str, Any]:

@@ -1,39 +1,34 @@
-"""The faults: what is broken, and how long it takes until the cluster is whole again."""
+"""The faults: what is broken, and when."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import time
-import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from tandem_serve.serving.chaos.network import FAIR, Weather
+from tandem_serve.serving.chaos.recovery import LINKS, RECOVERY_TIMEOUT_S, Fault, look_at
 from tandem_serve.serving.chaos.simulation import Replica, Simulation, patiently
 
-RECOVERY_TIMEOUT_S = 180.0
-_POLL_INTERVAL_S = 0.2
-_POOLS = ("primary", "drafter", "router")
+_POLL_INTERVAL_S = 0.25
+_CONTROLLER = "controller"
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One fault that was injected. Times are time.monotonic's."""
+class _Hit(NamedTuple):
+    """What a fault has broken: in words, and which replicas are not to come back."""
 
-    kind: str
     target: str
-    started: float
-    recovered: float | None  # None: not within RECOVERY_TIMEOUT_S
+    gone: frozenset[str] = frozenset()
 
 
 class FaultInjector:
-    """Injects faults into a simulated cluster, one at a time, and waits until it is whole after each.
+    """Injects faults into a simulated cluster, and watches what they broke heal.
 
-    Blocks: clients run in another thread.
+    Parts of the cluster (each pool, the links between two, the controller) heal at the same time; a part that has not
+    healed is not broken again, so that there is something to break. Blocks: clients run in another thread.
     """
 
     def __init__(self, simulation: Simulation, seed: int) -> None:
@@ -41,21 +36,21 @@ class FaultInjector:
         self._rng = random.Random(seed)
         self._num_upgrades = 0
         self._drafters: Any = None  # a handle, once it is needed
-        self._gone: set[str] = set()  # replica ids that must not come back
-        self.kinds: dict[str, Callable[[], str]] = {
-            "primary killed": lambda: self._kill("primary"),
-            "drafter killed": lambda: self._kill("drafter"),
-            "router killed": lambda: self._kill("router"),
-            "controller killed": self._kill_controller,
-            "primary node lost": lambda: self._lose_node("primary"),
-            "drafter node lost": lambda: self._lose_node("drafter"),
-            "drafter slow": self._stop_drafter,
-            "network delayed": lambda: self._bad_weather(Weather(delay_s=self._rng.uniform(0.02, 0.3))),
-            "network stalled": lambda: self._bad_weather(Weather(is_stalled=True)),
-            "network cut": lambda: self._bad_weather(Weather(is_cut=True)),
-            "primary upgraded": lambda: self._upgrade("primary"),
-            "drafter upgraded": lambda: self._upgrade("drafter"),
-            "router upgraded": lambda: self._upgrade("router"),
+        self.faults: list[Fault] = []
+        self.kinds: dict[str, tuple[str, Callable[[], _Hit]]] = {  # which part, and how
+            "primary killed": ("primary", lambda: self._kill("primary")),
+            "drafter killed": ("drafter", lambda: self._kill("drafter")),
+            "router killed": ("router", lambda: self._kill("router")),
+            "controller killed": (_CONTROLLER, self._kill_controller),
+            "primary node lost": ("primary", lambda: self._lose_node("primary")),
+            "drafter node lost": ("drafter", lambda: self._lose_node("drafter")),
+            "drafter slow": (LINKS, self._stop_drafter),
+            "network delayed": (LINKS, lambda: self._bad_weather(Weather(delay_s=self._rng.uniform(0.02, 0.3)))),
+            "network stalled": (LINKS, lambda: self._bad_weather(Weather(is_stalled=True))),
+            "network cut": (LINKS, lambda: self._bad_weather(Weather(is_cut=True))),
+            "primary upgraded": ("primary", lambda: self._upgrade("primary")),
+            "drafter upgraded": ("drafter", lambda: self._upgrade("drafter")),
+            "router upgraded": ("router", lambda: self._upgrade("router")),
         }
 
     def schedule(self, num_faults: int) -> list[str]:
@@ -64,54 +59,91 @@ class FaultInjector:
         self._rng.shuffle(kinds)
         return (kinds + self._rng.choices(kinds, k=max(num_faults - len(kinds), 0)))[:num_faults]
 
-    def inject(self, kind: str) -> Fault:
-        started = time.monotonic()
-        target = self.kinds[kind]()
-        while not self._is_whole():
-            if time.monotonic() - started > RECOVERY_TIMEOUT_S:
-                return Fault(kind, target, started, None)
+    def inject_all(self, kinds: Sequence[str], progress: Callable[[str], None]) -> None:
+        """Injects these faults, each as soon as the part that it breaks is whole, and waits until all has healed."""
+        left = list(kinds)
+        while left:
+            self._observe()
+            healing = {fault.part for fault in self._open_faults()}
+            kind = next((kind for kind in left if self.kinds[kind][0] not in healing), None)
+            if kind is None:
+                time.sleep(_POLL_INTERVAL_S)
+                continue
+            left.remove(kind)
+            progress(f"fault {len(kinds) - len(left)} of {len(kinds)}: {kind}")
+            self._inject(kind)
+        progress("waiting until everything has healed")
+        while self._open_faults():
             time.sleep(_POLL_INTERVAL_S)
-        return Fault(kind, target, started, time.monotonic())
+            self._observe()
+
+    def _inject(self, kind: str) -> None:
+        part, break_it = self.kinds[kind]
+        started = time.monotonic()
+        hit = break_it()
+        self.faults.append(Fault(kind, part, hit.target, hit.gone, started))
+
+    def _open_faults(self) -> list[Fault]:
+        latest = time.monotonic() - RECOVERY_TIMEOUT_S
+        return [fault for fault in self.faults if fault.recovered is None and fault.started > latest]
+
+    def _observe(self) -> None:
+        """Takes down what has healed."""
+        if not (waiting := self._open_faults()):
+            return
+        health = look_at(self._simulation)
+        self._simulation.yield_to_newcomers(health.running)
+        for fault in waiting:
+            if health.has_recovered(fault):
+                fault.recovered = time.monotonic()
+
+    def _pause(self, seconds: float) -> None:
+        """Meanwhile other parts heal."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._observe()
+            time.sleep(min(_POLL_INTERVAL_S, left))
 
     # -------------------------------------------------------------- faults
 
     def _pick(self, pool: str) -> Replica:
-        return self._rng.choice(self._simulation.replicas(pool))
+        """Any that runs; waits for one."""
+        while not (running := self._simulation.replicas_by_pool()[pool]):
+            time.sleep(_POLL_INTERVAL_S)
+        return self._rng.choice(running)
 
-    def _kill(self, pool: str) -> str:
+    def _kill(self, pool: str) -> _Hit:
         replica = self._pick(pool)
-        self._gone.add(replica.replica_id)
         os.kill(replica.pid, signal.SIGKILL)
-        return replica.replica_id
+        return _Hit(replica.replica_id, frozenset({replica.replica_id}))
 
-    def _kill_controller(self) -> str:
+    def _kill_controller(self) -> _Hit:
         import ray
 
         from tandem_serve.serving import deploying
 
         ray.kill(deploying.controller(), no_restart=False)
-        return "Serve's controller"
+        return _Hit("Serve's controller")
 
-    def _lose_node(self, pool: str) -> str:
+    def _lose_node(self, pool: str) -> _Hit:
         lost = self._simulation.replace_node(pool, self._rng)
-        self._gone |= {replica.replica_id for replica in lost}
-        return f"a node with {len(lost)} {pool}s"
+        return _Hit(f"a node with {len(lost)} {pool}s", frozenset(replica.replica_id for replica in lost))
 
-    def _stop_drafter(self) -> str:
+    def _stop_drafter(self) -> _Hit:
         """For up to two seconds it does nothing at all, but keeps its connections."""
         replica = self._pick("drafter")
         os.kill(replica.pid, signal.SIGSTOP)
-        time.sleep(self._rng.uniform(0.5, 2.0))
+        self._pause(self._rng.uniform(0.5, 2.0))
         os.kill(replica.pid, signal.SIGCONT)
-        return replica.replica_id
+        return _Hit(replica.replica_id)
 
-    def _bad_weather(self, weather: Weather) -> str:
+    def _bad_weather(self, weather: Weather) -> _Hit:
         replica = self._pick("drafter")
         self._set_weather(replica, weather)
-        time.sleep(self._rng.uniform(0.5, 3.0))
-        for each in self._simulation.replicas("drafter"):
+        self._pause(self._rng.uniform(0.5, 3.0))
+        for each in self._simulation.replicas_by_pool()["drafter"]:
             self._set_weather(each, FAIR)
-        return f"before {replica.replica_id}"
+        return _Hit(f"before {replica.replica_id}")
 
     def _set_weather(self, replica: Replica, weather: Weather) -> None:
         from ray import serve
@@ -126,28 +158,10 @@ class FaultInjector:
             self._drafters._init(_run_router_in_separate_loop=True)  # there is no event loop in this thread
         self._drafters.set_weather.remote(weather, replica_id=replica.replica_id).result(timeout_s=30)
 
-    def _upgrade(self, pool: str) -> str:
+    def _upgrade(self, pool: str) -> _Hit:
         self._num_upgrades += 1
-        self._gone |= {replica.replica_id for replica in self._simulation.replicas(pool)}
-        config = self._simulation.config
-        changed = getattr(config, pool).model_copy(update={"revision": str(self._num_upgrades)})
-        patiently(lambda: self._simulation.deploy(config.model_copy(update={pool: changed})))
-        return f"every {pool}"
-
-    # -------------------------------------------------------------- recovery
-
-    def _is_whole(self) -> bool:
-        """Every pool has its full number of replicas, none of those broken among them, all linked and answering."""
-        config = self._simulation.config
-        for pool in _POOLS:
-            running = {replica.replica_id for replica in self._simulation.replicas(pool)}
-            if len(running) != getattr(config, pool).num_replicas or running & self._gone:
-                return False
-        try:
-            with urllib.request.urlopen(f"{self._simulation.url}/status", timeout=5) as response:
-                status: dict[str, Any] = json.load(response)
-        except (OSError, ValueError):
-            return False
-        primaries = [each["name"] for each in status["primaries"] if each["status"] is not None]
-        linked = [each for each in status["drafters"] if set(each["linked_primaries"]) == set(primaries)]
-        return len(primaries) == config.primary.num_replicas and len(linked) == config.drafter.num_replicas
+        simulation = self._simulation
+        old = frozenset(replica.replica_id for replica in simulation.replicas_by_pool()[pool])
+        changed = getattr(simulation.config, pool).model_copy(update={"revision": str(self._num_upgrades)})
+        patiently(lambda: simulation.deploy(simulation.config.model_copy(update={pool: changed}), waits=False))
+        return _Hit(f"every {pool}", old)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,9 @@ from tandem_serve.config import ClusterConfig
 from tandem_serve.serving.cluster import prepare_environment, with_free_ports
 
 POOL = "pool"  # the node label
+POOLS = ("primary", "drafter", "router")
 _NODE = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20, "include_dashboard": False}
+_NICENESS = 10  # of replicas that run
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class Simulation:
         self.url = f"http://{config.router.host}:{config.router.http_port}"
         self._ray_cluster = ray_cluster
         self._nodes: dict[str, list[Any]] = {"primary": [], "drafter": []}
+        self._niced: set[int] = set()
 
     def add_node(self, pool: str) -> None:
         self._nodes[pool].append(self._ray_cluster.add_node(labels={POOL: pool}, **_NODE))
@@ -42,13 +47,13 @@ class Simulation:
     def replace_node(self, pool: str, rng: random.Random) -> list[Replica]:
         """Kills one of a pool's nodes with all that runs there, which is returned, and plugs in an empty one."""
         node = self._nodes[pool].pop(rng.randrange(len(self._nodes[pool])))
-        lost = [replica for replica in self.replicas(pool) if replica.node_id == node._node_id]
+        lost = [replica for replica in self.replicas_by_pool()[pool] if replica.node_id == node._node_id]
         self._ray_cluster.remove_node(node, allow_graceful=False)
         self.add_node(pool)
         return lost
 
-    def deploy(self, config: ClusterConfig) -> None:
-        """Brings the cluster to a (changed) configuration and waits until it is there."""
+    def deploy(self, config: ClusterConfig, *, waits: bool = True) -> None:
+        """Brings the cluster to a (changed) configuration; unless told otherwise, waits until it is there."""
         from tandem_serve.serving import app, deploying
         from tandem_serve.serving.chaos.faulty_drafter import IMPORT_PATH
 
@@ -57,29 +62,34 @@ class Simulation:
         for entry in wanted["applications"]:
             if entry["name"] == drafter:
                 entry["import_path"] = IMPORT_PATH
-        deploying.deploy(wanted, names)
+        if waits:
+            deploying.deploy(wanted, names)
+        else:
+            deploying.submit(wanted, names)
         self.config = config
 
-    def replicas(self, pool: str) -> list[Replica]:
+    def replicas_by_pool(self) -> dict[str, list[Replica]]:
         """Those that run, as the controller knows; oldest first. Waits for a controller that is being restarted."""
         from tandem_serve.serving import app, deploying
 
-        name = dict(zip(("primary", "drafter", "router"), app.application_names(self.config.name), strict=True))[pool]
-        details = patiently(deploying.details)["applications"].get(name, {"deployments": {}})
-        found = [
-            replica
-            for deployment in details["deployments"].values()
-            for replica in deployment["replicas"]
-            if replica["state"] == "RUNNING" and replica.get("pid")
-        ]
-        found.sort(key=lambda replica: (replica["start_time_s"], replica["replica_id"]))
-        return [Replica(each["replica_id"], each["pid"], each["node_id"]) for each in found]
+        applications = patiently(lambda: deploying.details()["applications"])
+        names = zip(POOLS, app.application_names(self.config.name), strict=True)
+        return {pool: _running(applications.get(name, {"deployments": {}})) for pool, name in names}
+
+    def yield_to_newcomers(self, running: Mapping[str, list[Replica]]) -> None:
+        """Lets replicas that start have the cores first, as they would on machines of their own."""
+        for replica in itertools.chain.from_iterable(running.values()):
+            if replica.pid not in self._niced:
+                self._niced.add(replica.pid)
+                with contextlib.suppress(OSError):  # it has just gone
+                    for thread in os.listdir(f"/proc/{replica.pid}/task"):
+                        os.setpriority(os.PRIO_PROCESS, int(thread), _NICENESS)
 
 
 @contextmanager
 def simulated_cluster(config: ClusterConfig, *, nodes_per_pool: int = 2) -> Iterator[Simulation]:
     """Starts nodes, Serve and the cluster; ends them all on the way out. Raises ConfigError, CheckpointError."""
-    prepare_environment()
+    prepare_environment(is_one_machine=True)
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a handle's thread connects again while all is being ended
     import ray
     from ray.cluster_utils import Cluster
@@ -96,6 +106,7 @@ def simulated_cluster(config: ClusterConfig, *, nodes_per_pool: int = 2) -> Iter
             for _ in range(nodes_per_pool):
                 simulation.add_node(pool)
         deploying.start_serve(config)
+        logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # of a metric that it cannot report, say
         simulation.deploy(config)
         yield simulation
     finally:
@@ -117,10 +128,21 @@ def patiently(ask: Any, timeout_s: float = 60.0) -> Any:
             time.sleep(0.2)
 
 
+def _running(application: Mapping[str, Any]) -> list[Replica]:
+    found = [
+        replica
+        for deployment in application["deployments"].values()
+        for replica in deployment["replicas"]
+        if replica["state"] == "RUNNING" and replica.get("pid")
+    ]
+    found.sort(key=lambda replica: (replica["start_time_s"], replica["replica_id"]))
+    return [Replica(each["replica_id"], each["pid"], each["node_id"]) for each in found]
+
+
 def _labelled(config: ClusterConfig) -> ClusterConfig:
     """Each pool on the nodes of its own."""
     update = {}
-    for name in ("primary", "drafter", "router"):
+    for name in POOLS:
         pool = getattr(config, name)
         resources = pool.resources.model_copy(update={"label_selector": {POOL: name}})
         update[name] = pool.model_copy(update={"resources": resources})

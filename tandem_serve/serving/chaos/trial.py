@@ -14,7 +14,8 @@ from typing import Any
 from tandem_serve.config import ClusterConfig
 from tandem_serve.models.folder import load_tokenizer, resolve_folder
 from tandem_serve.serving.chaos.client import Delivery, Order, ResumingClient, longest_gap_s
-from tandem_serve.serving.chaos.faults import Fault, FaultInjector
+from tandem_serve.serving.chaos.faults import FaultInjector
+from tandem_serve.serving.chaos.recovery import Fault
 from tandem_serve.serving.chaos.simulation import simulated_cluster
 
 _PROMPTS = (
@@ -50,15 +51,12 @@ def run_trial(config: ClusterConfig, size: TrialSize, progress: Progress) -> dic
         injector = FaultInjector(simulation, size.seed)
         started = time.monotonic()
         serving = beside.submit(lambda: asyncio.run(crowd.run(size.num_streams)))
-        faults: list[Fault] = []
         try:
-            for kind in injector.schedule(size.num_faults):
-                progress(f"fault {len(faults) + 1} of {size.num_faults}: {kind}")
-                faults.append(injector.inject(kind))
+            injector.inject_all(injector.schedule(size.num_faults), progress)
         finally:
             crowd.is_over = True
         taken = serving.result()
-    return _report(orders, calm, taken, faults, size, started)
+    return _report(orders, calm, taken, injector.faults, size, started)
 
 
 def _orders(size: TrialSize, encode: Callable[[str], tuple[int, ...]]) -> list[Order]:
