@@ -36,7 +36,17 @@ class LearningPolicy(BlockPolicy, Protocol):
         ...
 
     def observe_round(
-        self, request: GenerationRequest, num_drafts: int, num_accepted: int, draft_s: float, round_s: float
+        self,
+        request: GenerationRequest,
+        num_drafts: int,
+        num_accepted: int,
+        num_draft_steps: int,
+        draft_s: float,
+        round_s: float,
     ) -> None:
-        """A round of a request has been verified: its drafts took draft_s, waiting included, and all of it round_s."""
+        """A round of a request has been verified.
+
+        Its drafts took draft_s, waiting included, since the longest block that was made along with them is of
+        num_draft_steps drafts; and all of the round took round_s.
+        """
         ...

@@ -90,7 +90,9 @@ class OptimalStopping:
     Greedy and sampled requests are classes of their own: drafts are right more often in one than in the other.
     """
 
-    drafting: LinearCost = field(default_factory=LinearCost)  # over a block's drafts; the round trip included
+    drafting: LinearCost = field(
+        default_factory=LinearCost
+    )  # over the drafts of a step's longest block; the round trip included
     verifying: LinearCost = field(default_factory=LinearCost)  # over all tokens of an engine step
     _classes: dict[bool, _Class] = field(default_factory=dict)
 
@@ -114,10 +116,16 @@ class OptimalStopping:
         self.verifying.add(num_tokens, seconds)
 
     def observe_round(
-        self, request: GenerationRequest, num_drafts: int, num_accepted: int, draft_s: float, round_s: float
+        self,
+        request: GenerationRequest,
+        num_drafts: int,
+        num_accepted: int,
+        num_draft_steps: int,
+        draft_s: float,
+        round_s: float,
     ) -> None:
         """See LearningPolicy. A round whose block came empty is one, too."""
-        self.drafting.add(num_drafts, draft_s)
+        self.drafting.add(num_draft_steps, draft_s)
         self._class_of(request).add(num_drafts, num_accepted, round_s)
 
     def _class_of(self, request: GenerationRequest) -> _Class:

@@ -45,8 +45,14 @@ class RequestedPolicy:
         self.optimal.observe_step(num_tokens, seconds)
 
     def observe_round(
-        self, request: GenerationRequest, num_drafts: int, num_accepted: int, draft_s: float, round_s: float
+        self,
+        request: GenerationRequest,
+        num_drafts: int,
+        num_accepted: int,
+        num_draft_steps: int,
+        draft_s: float,
+        round_s: float,
     ) -> None:
         """See LearningPolicy."""
         if (request.policy or self.policy) is PolicyName.OPTIMAL:
-            self.optimal.observe_round(request, num_drafts, num_accepted, draft_s, round_s)
+            self.optimal.observe_round(request, num_drafts, num_accepted, num_draft_steps, draft_s, round_s)

@@ -133,6 +133,12 @@ class Choice:
 
     token_ids: Tensor  # [N] int64
     _margins: Callable[[], Tensor]
+    _scores: Callable[[], Tensor]
+
+    @property
+    def scores(self) -> Tensor:
+        """[N, V]: what was compared, noise and filters included; of greedy rows the logits themselves."""
+        return self._scores()
 
     @property
     def margins(self) -> Tensor:
@@ -164,12 +170,13 @@ def choose_token_ids(
     return Choice(
         greedy.token_ids.index_copy(0, rows.row_numbers, sampled.token_ids),
         lambda: greedy.margins.index_copy(0, rows.row_numbers, sampled.margins),
+        lambda: logits.double().index_copy(0, rows.row_numbers, sampled.scores),
     )
 
 
 def _choose(scores: Tensor) -> Choice:
     """The best id of each row [N, V]; the lowest id wins a tie (torch.argmax promises it)."""
-    return Choice(scores.argmax(dim=-1), lambda: _lead(scores))
+    return Choice(scores.argmax(dim=-1), lambda: _lead(scores), lambda: scores)
 
 
 def _lead(scores: Tensor) -> Tensor:
@@ -191,7 +198,7 @@ def _sample(logits: Tensor, rows: SamplingRows) -> Choice:
             return lead
         return torch.where(_is_clear_of_edges(_scores(logits, rows), noise, rows, choice.token_ids), lead, 0.0)
 
-    return Choice(choice.token_ids, margins)
+    return Choice(choice.token_ids, margins, lambda: choice.scores)
 
 
 def filtered_scores(

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tandem_serve.decoding.sampling import Choice
 from tandem_serve.types import PolicyName, StoppingRule
 
 
@@ -23,8 +24,8 @@ class Scorer(Protocol):
         """StoppingRule.threshold where the rule leaves it open."""
         ...
 
-    def __call__(self, policy: PolicyName, logits: Tensor, token_ids: Tensor) -> Tensor:
-        """Scores [B], 0 to 1, of drafts token_ids [B] that were chosen by logits [B, V]."""
+    def __call__(self, policy: PolicyName, logits: Tensor, drafts: Choice) -> Tensor:
+        """Scores [B], 0 to 1, of drafts [B] that were chosen by logits [B, V]."""
         ...
 
 
@@ -43,13 +44,22 @@ def entropy_score(logits: Tensor) -> Tensor:
     return (1 - (ENTROPY_SCALE * entropy).sqrt()).clamp_(0, 1)
 
 
-def own_odds(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """The cube root of the drafter's own probability of its drafts, [B]: a fair guess of acceptance without training.
+def own_logprobs(drafts: Choice) -> Tensor:
+    """How clearly MS prefers its drafts: log-softmax, at them, of the scores they were chosen by; [B] float32.
+
+    Greedy, that is MS's own log-probability. Sampled, the scores hold the noise that the primary will add as well: a
+    draft that wins by chance alone is close to the next one, where the primary's logits may decide otherwise.
+    """
+    logprobs: Tensor = drafts.scores.float().log_softmax(-1).gather(-1, drafts.token_ids.unsqueeze(-1))[:, 0]
+    return logprobs
+
+
+def own_odds(drafts: Choice) -> Tensor:
+    """The cube root of own_logprobs' probability, [B]: a fair guess of acceptance without training.
 
     For the demo pair 0.05, 0.3 and 0.5 are accepted in 47, 80 and 89 % of cases. Ranks drafts better than entropy does.
     """
-    probs = logits.softmax(-1).gather(-1, token_ids.unsqueeze(-1))[:, 0]
-    return probs.pow_(1 / 3)
+    return (own_logprobs(drafts) / 3).exp_()
 
 
 class UntrainedScorer:
@@ -57,9 +67,9 @@ class UntrainedScorer:
 
     thresholds = DEFAULT_THRESHOLDS
 
-    def __call__(self, policy: PolicyName, logits: Tensor, token_ids: Tensor) -> Tensor:
+    def __call__(self, policy: PolicyName, logits: Tensor, drafts: Choice) -> Tensor:
         """See Scorer."""
-        return own_odds(logits, token_ids) if policy is PolicyName.OPTIMAL else entropy_score(logits)
+        return own_odds(drafts) if policy is PolicyName.OPTIMAL else entropy_score(logits)
 
 
 UNTRAINED = UntrainedScorer()
@@ -67,13 +77,20 @@ UNTRAINED = UntrainedScorer()
 
 @dataclass(frozen=True, slots=True)
 class StoppingRows:
-    """The rules of the blocks in a batch, as tensors. Blocks without one never end early."""
+    """The rules of the blocks in a batch, as tensors. Blocks without one never end early.
+
+    Where thresholds are costs, which a keep_threshold above 0 says, their blocks are decided together: a further step
+    takes as long for one block as for all, and all of them wait for it. It is made while what those that go on may gain
+    pays what it costs everyone. Any other block goes on while its own score reaches its threshold.
+    """
 
     policies: tuple[PolicyName, ...]  # those in use
     which: Tensor  # [B] int64, into `policies`
     compounds: Tensor  # [B] bool: the score is of the whole block, not of its last draft
+    shares: Tensor  # [B] bool: decided together with others
     threshold: Tensor  # [B]
-    keep_threshold: Tensor  # [B]
+    keep_threshold: Tensor  # [B]: what verifying a draft costs
+    step_cost: Tensor | None  # []: of a further step, to all blocks that share it; None: no two do
 
     @classmethod
     def of(
@@ -94,17 +111,20 @@ class StoppingRows:
             for rule in rules
         ]
         which, threshold, keep = torch.tensor(numbers, dtype=torch.float64).to(device).unbind(1)
-        compounds = torch.tensor([rule is not None and rule.policy is PolicyName.OPTIMAL for rule in rules])
-        return cls(policies, which.long(), compounds.to(device), threshold.float(), keep.float())
+        compounds = torch.tensor([rule is not None and rule.policy is PolicyName.OPTIMAL for rule in rules]).to(device)
+        sharing = [r is not None and r.policy is PolicyName.OPTIMAL and r.keep_threshold > 0 for r in rules]
+        shares = torch.tensor(sharing).to(device)
+        step_cost = ((threshold - keep) * shares).sum().float() if sum(sharing) > 1 else None
+        return cls(policies, which.long(), compounds, shares, threshold.float(), keep.float(), step_cost)
 
     def select(self, rows: Tensor) -> StoppingRows:
         """Those of some rows [n] alone."""
-        parts = (self.which[rows], self.compounds[rows], self.threshold[rows], self.keep_threshold[rows])
-        return StoppingRows(self.policies, *parts)
+        parts = (self.which, self.compounds, self.shares, self.threshold, self.keep_threshold)
+        return StoppingRows(self.policies, *(part[rows] for part in parts), self.step_cost)
 
-    def survival(self, before: Tensor, scorer: Scorer, logits: Tensor, token_ids: Tensor) -> Tensor:
-        """The blocks' scores [B] with one draft more each, token_ids [B], chosen by logits [B, V]; at first 1."""
-        by_policy = [scorer(policy, logits, token_ids) for policy in self.policies]
+    def survival(self, before: Tensor, scorer: Scorer, logits: Tensor, drafts: Choice) -> Tensor:
+        """The blocks' scores [B] with one draft more each, chosen by logits [B, V]; at first 1."""
+        by_policy = [scorer(policy, logits, drafts) for policy in self.policies]
         if self.policies == (PolicyName.OPTIMAL,):  # any row without a rule has thresholds of 0
             return before * by_policy[0]
         scores = by_policy[0] if len(by_policy) == 1 else torch.stack(by_policy).gather(0, self.which[None])[0]
@@ -112,7 +132,12 @@ class StoppingRows:
 
     def goes_on(self, survival: Tensor) -> Tensor:
         """Which blocks [B] get another draft."""
-        return survival >= self.threshold
+        alone = survival >= self.threshold
+        if self.step_cost is None:
+            return alone
+        gains = (survival - self.keep_threshold) * self.shares
+        is_worth_it = gains.clamp(min=0).sum() >= self.step_cost
+        return torch.where(self.shares, is_worth_it & (gains >= 0), alone)
 
     def is_kept(self, survival: Tensor) -> Tensor:
         """Of blocks [B] that end: whether their last draft is worth verifying."""

@@ -49,11 +49,12 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob], scorer: Scorer = UNTRAIN
     columns: list[tuple[list[int], Tensor]] = []  # of each step: lanes and drafts
     dropped: set[int] = set()  # lanes whose last draft is not worth verifying
     for step in range(1, max(job.block_length for job in jobs) + 1):
-        chosen = _choose(logits, rows)
+        choice = choose_token_ids(logits, rows)
+        chosen = choice.token_ids
         columns.append((lanes, chosen))
         going = [jobs[lane].block_length > step for lane in lanes]
         if stopping is not None and any(going):
-            survival = stopping.survival(survival, scorer, logits, chosen)
+            survival = stopping.survival(survival, scorer, logits, choice)
             goes_on = stopping.goes_on(survival).tolist()
             if not all(goes_on):
                 is_kept = stopping.is_kept(survival).tolist()
@@ -82,8 +83,3 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob], scorer: Scorer = UNTRAIN
 def _sampling_rows(jobs: Seq[DraftJob], step: int, device: torch.device) -> SamplingRows:
     """How the drafts that follow `step` earlier ones are chosen."""
     return SamplingRows.from_params([(job.sampling, job.first_position + step) for job in jobs], device)
-
-
-def _choose(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """One draft a row [B]."""
-    return choose_token_ids(logits, rows).token_ids

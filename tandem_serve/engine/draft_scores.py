@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tandem_serve.decoding.stopping_rules import DEFAULT_THRESHOLDS, entropy_score
+from tandem_serve.decoding.sampling import Choice
+from tandem_serve.decoding.stopping_rules import DEFAULT_THRESHOLDS, entropy_score, own_logprobs
 from tandem_serve.models.acceptance import AcceptanceModel, draft_features
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.types import PolicyName
@@ -29,12 +30,11 @@ class AcceptanceScorer:
         self._quick = model.quick(grid.log()).sigmoid()
         self.thresholds: Mapping[PolicyName, float] = {**DEFAULT_THRESHOLDS, **model.thresholds}
 
-    def __call__(self, policy: PolicyName, logits: Tensor, token_ids: Tensor) -> Tensor:
+    def __call__(self, policy: PolicyName, logits: Tensor, drafts: Choice) -> Tensor:
         """See Scorer."""
         if policy is PolicyName.ENTROPY:
             return entropy_score(logits)
         if policy is PolicyName.ROUTER:
-            features = draft_features(logits, token_ids, self._model.config.top_k)
+            features = draft_features(logits, own_logprobs(drafts), self._model.config.top_k)
             return self._model.mlp(features, self._embedding).sigmoid()
-        probs = logits.softmax(-1).gather(-1, token_ids.unsqueeze(-1))[:, 0]
-        return self._quick[(probs * (_GRID - 1)).long()]
+        return self._quick[(own_logprobs(drafts).exp() * (_GRID - 1)).long()]

@@ -349,22 +349,26 @@ class TorchPrimary:
             states: Iterable[Tensor | None] = [None] * len(runs)
         else:
             states = output.taps.split([len(run.token_ids) for run in runs])
+        longest = max(len(run.draft_token_ids) for run in runs)
         for run, run_states, outcome, run_logits in zip(runs, states, outcomes, logits, strict=True):
             num_verified = len(run.token_ids) - len(run.draft_token_ids) + outcome.num_accepted_tokens
             run.sequence.num_computed += num_verified
             self._drafting.record(run.sequence, taps, run_states, num_verified)
             if run.num_logits:
-                self._advance(run, outcome, run_logits)
+                self._advance(run, outcome, run_logits, longest)
             if run.sequence.num_computed <= run.sequence.num_prompt_tokens:
                 self.metrics.prompt_tokens.inc(num_verified)
 
-    def _advance(self, run: Run, outcome: Verified, logits: Tensor) -> None:
-        """Adds what a run has yielded to its sequence. logits [G + 1, V] are those that chose it."""
+    def _advance(self, run: Run, outcome: Verified, logits: Tensor, longest: int) -> None:
+        """Adds what a run has yielded to its sequence. logits [G + 1, V] are those that chose it.
+
+        `longest`: block of the step, whose drafts were most likely made together.
+        """
         sequence, num_drafts, num_accepted = run.sequence, len(run.draft_token_ids), outcome.num_accepted_tokens
         spec = None if sequence.is_standalone else sequence.speculation
         if spec is not None and spec.has_drafted and sequence.last_token_at_s is not None:
             round_s = self._clock() - sequence.last_token_at_s
-            self._policy.observe_round(sequence.request, num_drafts, num_accepted, spec.draft_s, round_s)
+            self._policy.observe_round(sequence.request, num_drafts, num_accepted, longest, spec.draft_s, round_s)
         self._grow(sequence, outcome.token_ids, num_accepted, num_drafts, logits)
 
     def _grow(

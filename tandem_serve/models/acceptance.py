@@ -31,18 +31,16 @@ class DraftFeatures(NamedTuple):
     """What the models look at, of drafts [...]."""
 
     entropy: Tensor  # [...] of MS's softmax, nats
-    draft_logprob: Tensor  # [...] of the draft under it
+    draft_logprob: Tensor  # [...] of the draft, under the softmax of the scores that chose it
     top_probs: Tensor  # [..., k]
     top_ids: Tensor  # [..., k] int64
 
 
-def draft_features(logits: Tensor, token_ids: Tensor, top_k: int) -> DraftFeatures:
-    """Of drafts token_ids [B], chosen by logits [B, V]."""
-    logprobs = logits.log_softmax(-1)
-    probs = logprobs.exp()
+def draft_features(logits: Tensor, draft_logprobs: Tensor, top_k: int) -> DraftFeatures:
+    """Of drafts with draft_logprobs [B], chosen by logits [B, V]."""
+    probs = logits.softmax(-1)
     top = probs.topk(top_k, -1)
-    chosen = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    return DraftFeatures(torch.special.entr(probs).sum(-1), chosen, top.values, top.indices)
+    return DraftFeatures(torch.special.entr(probs).sum(-1), draft_logprobs, top.values, top.indices)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tandem_serve.config import PrimaryEngineConfig
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
+from tandem_serve.decoding.stopping_rules import own_logprobs
 from tandem_serve.engine.torch_primary import TorchPrimary
 from tandem_serve.errors import TandemError
 from tandem_serve.models.acceptance import DraftFeatures, draft_features
@@ -107,9 +108,11 @@ def _of_text(
     for shift in range(block_length):
         blocks = ((positions - shift) // block_length + 1).unsqueeze(0)
         logits = drafter_logits(drafter, text, representations, blocks)[0, :-1].float()
-        drafts = choose_token_ids(logits, rows).token_ids
+        drafts = choose_token_ids(logits, rows)
         variation = (logits.softmax(-1) - ml[:-1]).abs().sum(-1) / 2
-        passes.append((*draft_features(logits, drafts, top_k), drafts == text[0, 1:], variation))
+        passes.append(
+            (*draft_features(logits, own_logprobs(drafts), top_k), drafts.token_ids == text[0, 1:], variation)
+        )
     openings = torch.arange(prompt_length, num_tokens - block_length)[:, None]
     which, where = openings % block_length, openings + torch.arange(block_length)  # [O, 1], [O, G]
     *features, is_right, variation = (torch.stack(column)[which, where] for column in zip(*passes, strict=True))

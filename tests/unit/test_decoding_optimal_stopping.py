@@ -55,7 +55,7 @@ class Simulation:
             drafting, verifying = self.draft_s * length, 0.004 + self.verify_s * (length + 1)
             self.policy.observe_step(length + 1, verifying)
             if length:
-                self.policy.observe_round(self.request, length, accepted, drafting, drafting + verifying)
+                self.policy.observe_round(self.request, length, accepted, length, drafting, drafting + verifying)
         return plans
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
 from tandem_serve.engine.draft_scores import AcceptanceScorer
 from tandem_serve.errors import CheckpointError
 from tandem_serve.models.acceptance import (
@@ -23,7 +24,7 @@ from tandem_serve.models.acceptance import (
     save_acceptance,
 )
 from tandem_serve.models.checkpoint import drafter_acceptance, fingerprint
-from tandem_serve.types import PolicyName
+from tandem_serve.types import PolicyName, SamplingParams
 from tests.checkpoints import CONFIG, make_drafter, make_primary
 from tests.engines import tiny_primary
 
@@ -46,7 +47,7 @@ def test_what_was_saved_scores_the_same(saved: tuple[AcceptanceModel, Path]) -> 
     assert loaded.thresholds == model.thresholds
     decoder = tiny_primary()[0]
     logits = 6 * torch.randn(5, CONFIG.vocab_size, generator=torch.Generator().manual_seed(1))
-    drafts = logits.argmax(-1)
+    drafts = choose_token_ids(logits, SamplingRows.from_params([(SamplingParams(temperature=0), 0)] * 5))
     with torch.inference_mode():
         for policy in (PolicyName.ENTROPY, PolicyName.ROUTER, PolicyName.OPTIMAL):
             ours, theirs = (AcceptanceScorer(m, decoder)(policy, logits, drafts) for m in (model, loaded))
@@ -57,7 +58,7 @@ def test_what_was_saved_scores_the_same(saved: tuple[AcceptanceModel, Path]) -> 
 
 def test_features() -> None:
     logits = torch.tensor([[0.7, 0.2, 0.1, 0.0]]).log()
-    found = draft_features(logits, torch.tensor([1]), 2)
+    found = draft_features(logits, logits[:, 1], 2)
     assert found.top_ids.tolist() == [[0, 1]]
     torch.testing.assert_close(found.top_probs, torch.tensor([[0.7, 0.2]]))
     torch.testing.assert_close(found.draft_logprob.exp(), torch.tensor([0.2]))
