@@ -96,7 +96,12 @@ def policies(
     field: Annotated[str, typer.Option(help="Which key of a JSONL line is the prompt.")] = "prompt",
     limit: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 40,
     names: Annotated[
-        str, typer.Option("--policies", help="Of fixed-N, entropy, router, optimal; fixed-1-8 is eight of them.")
+        str,
+        typer.Option(
+            "--policies",
+            help="Of fixed-N, entropy, router, optimal; fixed-1-8 is eight of them. plain-drafter:fixed-1-8 is SPEED "
+            "with the plain drafter.",
+        ),
     ] = "fixed-1-8,entropy,router,optimal",
     batch: Annotated[str, typer.Option(help="Requests at once.")] = "1,8",
     samples: Annotated[str, typer.Option(help="Completions a request; several only at a temperature above 0.")] = "1,4",
@@ -141,10 +146,11 @@ def _policy_names(text: str) -> tuple[str, ...]:
     """`fixed-1-3,optimal` as fixed-1, fixed-2, fixed-3, optimal."""
     found: list[str] = []
     for name in (part.strip() for part in text.split(",")):
-        kind, *lengths = name.split("-")
+        drafter, bare = ("plain-drafter:", name[14:]) if name.startswith("plain-drafter:") else ("", name)
+        kind, *lengths = bare.split("-")
         if kind == "fixed" and 1 <= len(lengths) <= 2 and all(x.isdigit() and 1 <= int(x) <= 32 for x in lengths):
-            found += [f"fixed-{length}" for length in range(int(lengths[0]), int(lengths[-1]) + 1)]
-        elif name in ("entropy", "router", "optimal"):
+            found += [f"{drafter}fixed-{length}" for length in range(int(lengths[0]), int(lengths[-1]) + 1)]
+        elif bare in ("entropy", "router", "optimal"):
             found.append(name)
         else:
             raise typer.BadParameter(f"{name!r}: expected fixed-N, entropy, router or optimal", param_hint="--policies")

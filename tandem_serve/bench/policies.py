@@ -1,4 +1,8 @@
-"""Block policies against each other: the same requests under each, group by group in turn, in one process."""
+"""Block policies against each other: the same requests under each, group by group in turn, in one process.
+
+With policies of the plain drafter among them (plain-drafter:fixed-5) that is SPEED as well, plain against tandem, each
+at its best block length, for several requests at once and for n > 1 too.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ from tandem_serve.models.checkpoint import (
 from tandem_serve.models.inflate import inflate
 from tandem_serve.types import GenerationRequest, GenerationStep, PolicyName, SamplingParams
 
-FIXED = "fixed-"
+FIXED, PLAIN = "fixed-", "plain-drafter:"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class PoliciesOptions:
     prompts: str
     field: str
     limit: int
-    policies: tuple[str, ...]  # fixed-N, entropy, router, optimal
+    policies: tuple[str, ...]  # fixed-N, entropy, router, optimal; behind plain-drafter: those of the plain drafter
     batches: tuple[int, ...]  # requests at once
     samples: tuple[int, ...]  # completions a request
     temperatures: tuple[float, ...]
@@ -76,7 +80,7 @@ class PolicyUnderTest:
 
     def __init__(self, name: str, primary: Any, info: Any, drafter: DrafterEngine, num_sequences: int) -> None:
         self.name = name
-        kind, _, length = name.partition("-")
+        kind, _, length = name.removeprefix(PLAIN).partition("-")
         self._policy, self._block_length = PolicyName(kind), int(length) if length else None
         config = PrimaryEngineConfig(max_num_seqs=num_sequences, kv_cache_tokens=1 << 20, draft_timeout_s=60.0)
         self._engine = TorchPrimary(
@@ -118,18 +122,15 @@ class PolicyUnderTest:
 def run_policies(options: PoliciesOptions, announce: Callable[[int], Callable[[], None]]) -> dict[str, Any]:
     """Measures; returns the JSON document. `announce` hears the number of runs, returns what to call after each."""
     torch.set_num_threads(options.num_threads)
-    primary_folder, drafter_folder = options.pair / "primary", options.pair / "drafter"
+    primary_folder = options.pair / "primary"
     primary, info = load_decoder(primary_folder), primary_info(primary_folder)
     if options.inflate > 1:
         primary = inflate(primary, options.inflate)
     primary.pack()
-    drafter, config = load_drafter(drafter_folder).pack(), DrafterEngineConfig()
-    acceptance = drafter_acceptance(drafter_folder)
     longest = info.max_model_len - options.max_tokens
     prompts = load_prompts(
         options.prompts, options.field, options.limit, load_tokenizer(primary_folder), primary_folder, longest
     )
-    drafts_for = drafter_info(drafter_folder, max_block_length=config.max_block_length)
     cells = [
         Cell(batch, n, temperature)
         for temperature, batch, n in itertools.product(options.temperatures, options.batches, options.samples)
@@ -138,11 +139,9 @@ def run_policies(options: PoliciesOptions, announce: Callable[[int], Callable[[]
     if not cells:
         raise ConfigError("nothing to measure: several samples need a temperature above 0")
     num_sequences = max(cell.batch * cell.n for cell in cells)
+    drafters = _Drafters(options.pair)
     contenders = [
-        PolicyUnderTest(
-            name, primary, info, DrafterEngine(drafter, drafts_for, config, acceptance=acceptance), num_sequences
-        )
-        for name in options.policies
+        PolicyUnderTest(name, primary, info, drafters.engine(name), num_sequences) for name in options.policies
     ]
     done = announce(sum(max(1, len(prompts) // cell.batch) for cell in cells) * len(contenders))
     measured = [measure_cell(cell, contenders, prompts, options.max_tokens, done) for cell in cells]
@@ -150,11 +149,38 @@ def run_policies(options: PoliciesOptions, announce: Callable[[int], Callable[[]
         contender.close()
     return {
         "cells": measured,
-        "has_acceptance_model": acceptance is not None,
+        "has_acceptance_model": drafters.has_acceptance_model,
         "num_prompts": len(prompts),
         "options": {**vars(options), "pair": options.pair.name},
         "provenance": provenance(),
     }
+
+
+class _Drafters:
+    """A pair's drafters, loaded once each; every policy gets an engine of its own."""
+
+    def __init__(self, pair: Path) -> None:
+        self._pair = pair
+        self._loaded: dict[str, tuple[Any, Any]] = {}  # model and acceptance model by folder
+        self.has_acceptance_model = False
+
+    def engine(self, policy: str) -> DrafterEngine:
+        """The engine of a policy.
+
+        Raises:
+            ConfigError: the pair has no plain drafter.
+        """
+        name = "plain-drafter" if policy.startswith(PLAIN) else "drafter"
+        folder = self._pair / name
+        if not folder.is_dir():
+            raise ConfigError(f"policy {policy}: the pair has no folder {name}")
+        if name not in self._loaded:
+            self._loaded[name] = load_drafter(folder).pack(), drafter_acceptance(folder)
+        model, acceptance = self._loaded[name]
+        self.has_acceptance_model |= acceptance is not None and name == "drafter"
+        config = DrafterEngineConfig()
+        info = drafter_info(folder, max_block_length=config.max_block_length)
+        return DrafterEngine(model, info, config, acceptance=acceptance)
 
 
 def measure_cell(
@@ -194,8 +220,7 @@ def _requests(cell: Cell, prompts: Sequence[tuple[int, ...]], turn: int, max_tok
 def _compare(runs: dict[str, list[GroupRun]]) -> dict[str, Any]:
     """Each policy's figures, and its tokens/s over the best fixed length's: the best in hindsight, on the same runs."""
     rates = {name: sum(r.num_tokens for r in of_one) / sum(r.seconds for r in of_one) for name, of_one in runs.items()}
-    fixed = [name for name in rates if name.startswith(FIXED)]
-    best = max(fixed or rates, key=lambda name: rates[name])
+    best = _fastest(rates, FIXED) or _fastest(rates, "")
     reference = next(iter(runs.values()))
     policies = {}
     for name, of_one in runs.items():
@@ -212,4 +237,10 @@ def _compare(runs: dict[str, list[GroupRun]]) -> dict[str, Any]:
             "accepted_a_round": sum(run.num_accepted for run in of_one) / rounds,
             "identical_groups": sum(a.texts == b.texts for a, b in zip(of_one, reference, strict=True)),
         }
-    return {"best_fixed": best, "policies": policies}
+    plain = _fastest(rates, PLAIN + FIXED)
+    against = {} if plain is None else {"best_fixed_plain": plain, "tandem/plain-drafter": rates[best] / rates[plain]}
+    return {"best_fixed": best, **against, "policies": policies}
+
+
+def _fastest(rates: dict[str, float], prefix: str) -> str | None:
+    return max((name for name in rates if name.startswith(prefix)), key=lambda name: rates[name], default=None)

@@ -96,6 +96,8 @@ def print_policies(figures: dict[str, Any]) -> None:
     for cell in figures["cells"]:
         load = f"{cell['batch']} requests at once" if cell["batch"] > 1 else "one request at a time"
         title = f"Block policies, {load}, n = {cell['n']}, temperature {cell['temperature']:g}"
+        if (ratio := cell.get("tandem/plain-drafter")) is not None:
+            title += f"; tandem / plain drafter, each at its best fixed length: {ratio:.3f}"
         table = _table(
             title, "policy", "tokens/s", "over best fixed", "by group p10-p50-p90", "drafts", "accepted", "="
         )

