@@ -11,6 +11,7 @@ from tandem_serve import (
     cli_demo,
     cli_k8s,
     cli_keys,
+    cli_report,
     cli_serve,
     cli_train,
     cli_trials,
@@ -37,9 +38,9 @@ app.command("router", rich_help_panel="Plain processes, without Ray")(cli_serve.
 app.command("chaos")(cli_trials.chaos)
 app.command("simulate")(cli_trials.simulate)
 app.add_typer(cli_train.app, name="train")
-app.command("eval")(cli_bench.evaluate)
-app.command("report")(cli_bench.report)
-app.command("reproduce")(cli_bench.reproduce)
+app.command("eval")(cli_report.evaluate)
+app.command("report")(cli_report.report)
+app.command("reproduce")(cli_report.reproduce)
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_keys.app, name="keys")
 app.add_typer(cli_k8s.app, name="k8s")

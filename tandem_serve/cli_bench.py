@@ -1,13 +1,22 @@
-"""`tandem-serve bench`, `eval`, `report`, `reproduce`: what it costs and what it gains, as tables, JSON and a page."""
+"""`tandem-serve bench`: what it costs and what it gains, as tables and JSON."""
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from tandem_serve.cli_options import (
+    FieldOption,
+    InflateOption,
+    JsonOption,
+    PairOption,
+    PromptsOption,
+    ThreadsOption,
+    write_json,
+)
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure: every claim a ratio within one run, on text nothing was trained on."
@@ -24,17 +33,11 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-PairOption = Annotated[str, typer.Option(help="`demo`, or a folder that holds primary/, drafter/ and plain-drafter/.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")]
-
-
 @app.command()
 def decode(
     pair: PairOption = "demo",
-    prompts: Annotated[
-        str, typer.Option(help="A JSONL file, or `heldout`: what the pair was not trained on.")
-    ] = "heldout",
-    field: Annotated[str, typer.Option(help="Which key of a JSONL line is the prompt.")] = "prompt",
+    prompts: PromptsOption = "heldout",
+    field: FieldOption = "prompt",
     limit: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 40,
     modes: Annotated[
         str, typer.Option(help="Of plain, plain-drafter, tandem; tandem@grpc: over gRPC whatever --transport says.")
@@ -45,12 +48,10 @@ def decode(
     transport: Annotated[
         Transport, typer.Option(help="grpc: the drafter in a process and on a core of its own.")
     ] = Transport.LOCAL,
-    inflate: Annotated[
-        int, typer.Option(min=1, max=64, help="Make the primary so many times as deep, same outputs.")
-    ] = 1,
+    inflate: InflateOption = 1,
     primary_dtype: Dtype = Dtype.FLOAT32,
     drafter_dtype: Dtype = Dtype.FLOAT32,
-    num_threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
+    num_threads: ThreadsOption = 1,
     json_file: JsonOption = None,
 ) -> None:
     """Plain, plain-drafter and tandem decoding at batch 1, interleaved prompt by prompt.
@@ -84,16 +85,14 @@ def decode(
         with ProgressBar("decoding") as bar:
             figures = run_decode(options, bar.expect)
     print_decode(figures)
-    _write(json_file, figures)
+    write_json(json_file, figures)
 
 
 @app.command()
 def policies(
     pair: PairOption = "demo",
-    prompts: Annotated[
-        str, typer.Option(help="A JSONL file, or `heldout`: what the pair was not trained on.")
-    ] = "heldout",
-    field: Annotated[str, typer.Option(help="Which key of a JSONL line is the prompt.")] = "prompt",
+    prompts: PromptsOption = "heldout",
+    field: FieldOption = "prompt",
     limit: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 40,
     names: Annotated[
         str,
@@ -107,10 +106,8 @@ def policies(
     samples: Annotated[str, typer.Option(help="Completions a request; several only at a temperature above 0.")] = "1,4",
     temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,0.8",
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a completion.")] = 128,
-    inflate: Annotated[
-        int, typer.Option(min=1, max=64, help="Make the primary so many times as deep, same outputs.")
-    ] = 1,
-    num_threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
+    inflate: InflateOption = 1,
+    num_threads: ThreadsOption = 1,
     json_file: JsonOption = None,
 ) -> None:
     """Fixed block lengths against adaptive policies, each at its tokens/s over the best fixed length's.
@@ -139,7 +136,58 @@ def policies(
         with ProgressBar("decoding") as bar:
             figures = run_policies(options, bar.expect)
     print_policies(figures)
-    _write(json_file, figures)
+    write_json(json_file, figures)
+
+
+@app.command()
+def standalone(
+    pair: PairOption = "demo",
+    prompts: PromptsOption = "heldout",
+    field: FieldOption = "prompt",
+    limit: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 24,
+    block_lengths: Annotated[
+        str, typer.Option(help="Drafts between two passes of the primary: 1..8, or 3.")
+    ] = "1..6,8",
+    models: Annotated[
+        list[str], typer.Option("--model", help="NAME=FOLDER of a further model that writes alone; repeatable.")
+    ] = [],  # noqa: B006
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a completion.")] = 96,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy; else seeded by prompt.")] = 0.0,
+    inflate: InflateOption = 1,
+    data: Annotated[str, typer.Option(help="Text for accuracy: heldout, a file, a folder, JSONL.")] = "heldout",
+    windows: Annotated[int, typer.Option(min=1, help="Batches of 8 x 256 tokens of it.")] = 8,
+    num_threads: ThreadsOption = 1,
+    json_file: JsonOption = None,
+) -> None:
+    """Standalone tandem, whose text nobody verifies, beside ML, MS without end, and models of your own.
+
+    Speed by decoding in turn; quality as accuracy on held-out text, and as what ML makes of the texts written.
+    """
+    from tandem_serve.bench.eval_options import named_folders, parse_block_lengths
+    from tandem_serve.bench.standalone import StandaloneOptions, run_standalone
+    from tandem_serve.bench.tables import ProgressBar, print_standalone
+    from tandem_serve.cli_errors import reported
+    from tandem_serve.models.pairs import pair_folder
+
+    with reported():
+        options = StandaloneOptions(
+            pair=pair_folder(pair),
+            prompts=prompts,
+            field=field,
+            limit=limit,
+            block_lengths=parse_block_lengths(block_lengths),
+            models=named_folders(models),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            inflate=inflate,
+            data=data,
+            num_windows=windows,
+            num_threads=num_threads,
+        )
+        with ProgressBar("writing") as bar:
+            figures = run_standalone(options, bar.expect)
+    print_standalone(figures)
+    write_json(json_file, figures)
 
 
 def _policy_names(text: str) -> tuple[str, ...]:
@@ -194,7 +242,7 @@ def steps(
             "provenance": provenance(),
         }
     print_steps(figures)
-    _write(json_file, figures)
+    write_json(json_file, figures)
 
 
 @app.command()
@@ -221,21 +269,21 @@ def overhead(
             figures = run_overhead(options, bar.expect)
     print_cluster(figures, same_as="bare")
     typer.echo(f"{figures['num_scrapes']} scrapes of each replica, {figures['num_exports']} exports of spans")
-    _write(json_file, figures)
+    write_json(json_file, figures)
 
 
 @app.command()
 def engines(
     pair: PairOption = "demo",
-    prompts: Annotated[str, typer.Option(help="As for decode.")] = "heldout",
-    field: Annotated[str, typer.Option(help="Which key of a JSONL line is the prompt.")] = "prompt",
+    prompts: PromptsOption = "heldout",
+    field: FieldOption = "prompt",
     limit: Annotated[int, typer.Option(min=1, help="How many prompts, at each concurrency.")] = 16,
     modes: Annotated[str, typer.Option(help="Comma-separated; `all`, or see docs/vllm.md.")] = "vllm,vllm-tandem",
     concurrency: Annotated[str, typer.Option(help="Prompts at a time, comma-separated.")] = "1,4,16",
     block_length: Annotated[int, typer.Option(min=1, max=16, help="Drafts a round; vllm-tandem's first.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a completion.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy; else seeded by prompt.")] = 0.0,
-    inflate: Annotated[int, typer.Option(min=1, max=64, help="As for decode.")] = 1,
+    inflate: InflateOption = 1,
     dtype: Dtype = Dtype.FLOAT32,
     draft_timeout_s: Annotated[float, typer.Option(min=0.001, help="Longest wait for drafts.")] = 0.5,
     json_file: JsonOption = None,
@@ -274,99 +322,4 @@ def engines(
         with ProgressBar("waves") as bar:
             figures = run_engines(options, bar.expect)
     print_engines(figures, html_file)
-    _write(json_file, figures)
-
-
-def _write(file: Path | None, figures: dict[str, Any]) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-# `tandem-serve eval`, `report` and `reproduce`
-
-
-def evaluate(
-    primary: Annotated[Path, typer.Option(help="Folder of the primary.")],
-    drafters: Annotated[list[str], typer.Option("--drafter", help="NAME=FOLDER; repeatable.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Text to measure on: `heldout` (what the primary's provenance names), stdlib, a file, a folder, JSONL."
-        ),
-    ] = "heldout",
-    prompts: Annotated[
-        str, typer.Option(help="JSONL file with prompts for the primary to continue; else they are cut from --data.")
-    ] = "",
-    field: Annotated[str, typer.Option(help="Which key of a JSONL line is the text.")] = "prompt",
-    block_lengths: Annotated[str, typer.Option(help="A list and ranges of 1 to 32: 1..32, or 2,5,8.")] = "1..6,8",
-    temperatures: Annotated[str, typer.Option(help="Of the primary's own texts: 0, or 0,0.8.")] = "0",
-    couplings: Annotated[
-        bool, typer.Option("--couplings", help="Shared noise against rejection sampling and block verification.")
-    ] = False,
-    windows: Annotated[int, typer.Option(min=1, help="Batches of 8 x 256 tokens of text.")] = 16,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts to continue.")] = 100,
-    num_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each continuation.")] = 128,
-    threads: Annotated[int, typer.Option(min=0, help="torch threads; 0 leaves torch's choice.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json_file: JsonOption = None,
-) -> None:
-    """Measure drafters on held-out text and on the primary's own texts: the paper's Table 1, acceptance by position,
-    the passes that decoding would take."""
-    import torch
-    from rich.console import Console
-
-    from tandem_serve.bench.eval_options import named_folders, parse_block_lengths, parse_temperatures
-    from tandem_serve.bench.eval_table import print_eval
-    from tandem_serve.cli_errors import reported
-    from tandem_serve.training.evaluate_pair import EvaluationPlan, evaluate_pair
-
-    with reported():
-        plan = EvaluationPlan(
-            data=data,
-            field=field,
-            prompts=prompts,
-            block_lengths=parse_block_lengths(block_lengths),
-            temperatures=parse_temperatures(temperatures),
-            num_windows=windows,
-            num_prompts=limit,
-            num_tokens=num_tokens,
-            couplings=couplings,
-            device=device,
-        )
-        if threads:
-            torch.set_num_threads(threads)
-        with Console(stderr=True).status("loading") as status:
-            figures = evaluate_pair(primary, named_folders(drafters), plan, status.update)
-    print_eval(figures)
-    _write(json_file, figures)
-
-
-def report(
-    folder: Annotated[Path, typer.Argument(help="What eval, bench decode and train wrote, at any depth.")],
-    out: Annotated[Path | None, typer.Option(help="The page. Default: report.html in that folder.")] = None,
-) -> None:
-    """Write one self-contained HTML page: tables beside the paper's, and plots."""
-    from tandem_serve.bench.report.page import write_report
-    from tandem_serve.cli_errors import reported
-
-    with reported():
-        page = out or folder / "report.html"
-        count = write_report(folder, page)
-        typer.echo(f"{page}: {count} documents")
-
-
-def reproduce(
-    plan: Annotated[Path, typer.Argument(help="Steps as YAML: benchmarks/paper.yaml.")],
-    out: Annotated[Path, typer.Option(help="Folder of runs, figures and the report.")],
-    variables: Annotated[list[str], typer.Option("--set", help="NAME=VALUE of the plan; repeatable.")] = [],  # noqa: B006
-    only: Annotated[str, typer.Option(help="Names of steps, with commas; default: all.")] = "",
-) -> None:
-    """Run the steps of a plan that are not done yet, then write the report. A killed run goes on where it stopped."""
-    from tandem_serve.bench.reproduce import read_plan, run_plan
-    from tandem_serve.cli_errors import reported
-
-    with reported():
-        steps = read_plan(plan, out, variables, tuple(name for name in only.split(",") if name))
-        run_plan(steps, typer.echo)
-        report(out)
+    write_json(json_file, figures)

@@ -14,6 +14,7 @@ from tandem_serve.errors import Unavailable
 from tandem_serve.interfaces import DrafterLink, LinkFactory, LinkState
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.types import (
+    DecodingMode,
     DraftBlock,
     DrafterCommand,
     DrafterInfo,
@@ -85,7 +86,8 @@ class Mode:
             return _TimedLink(factory(address, primary, wake), self._draft_s)
 
         self._engine = TorchPrimary(decoder, info, config, link_factory=timed if factory else None)
-        self._block_length = None if factory else 0
+        self.decoding = DecodingMode.SPECULATIVE
+        self.block_length = None if factory else 0
         if factory:
             self._engine.set_drafters([address])
             self._connect(address)
@@ -111,7 +113,9 @@ class Mode:
             times.append(time.perf_counter())
             steps.append(step)
 
-        request = GenerationRequest("bench", prompt, sampling, max_tokens, block_length=self._block_length)
+        request = GenerationRequest(
+            "bench", prompt, sampling, max_tokens, block_length=self.block_length, mode=self.decoding
+        )
         start = time.perf_counter()
         self._engine.submit(request, sink)
         self._engine.run_until_idle()

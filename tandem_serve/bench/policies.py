@@ -220,7 +220,7 @@ def _requests(cell: Cell, prompts: Sequence[tuple[int, ...]], turn: int, max_tok
 def _compare(runs: dict[str, list[GroupRun]]) -> dict[str, Any]:
     """Each policy's figures, and its tokens/s over the best fixed length's: the best in hindsight, on the same runs."""
     rates = {name: sum(r.num_tokens for r in of_one) / sum(r.seconds for r in of_one) for name, of_one in runs.items()}
-    best = _fastest(rates, FIXED) or _fastest(rates, "")
+    best = _fastest(rates, FIXED) or max(rates, key=lambda name: rates[name])
     reference = next(iter(runs.values()))
     policies = {}
     for name, of_one in runs.items():

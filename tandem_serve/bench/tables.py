@@ -151,3 +151,26 @@ class ProgressBar:
         """Sets the length; call what it returns after each piece."""
         self._progress.update(self._task, total=total)
         return lambda: self._progress.advance(self._task)
+
+
+def print_standalone(figures: dict[str, Any]) -> None:
+    """The document of run_standalone as a table."""
+    options = figures["options"]
+    title = f"Standalone, batch 1, temperature {options['temperature']:g}"
+    title += f", primary inflated {options['inflate']}x" if options["inflate"] > 1 else ""
+    columns = ("writes", "tokens/s", "over ML", "accuracy", "agreement", "TV", "ML's loss on it", "ML agrees")
+    table = _table(title, *columns)
+    for name, mode in figures["modes"].items():
+        on_text = [f"{mode[key]:.{digits}f}" if key in mode else "" for key, digits in _ON_TEXT.items()]
+        table.add_row(
+            name,
+            f"{mode['tokens_per_s']:.1f}",
+            f"{mode['over_primary']:.2f}",
+            *on_text,
+            f"{mode['primary_loss']:.2f}",
+            f"{mode['primary_agrees']:.0f} %",
+        )
+    Console().print(table)
+
+
+_ON_TEXT = {"accuracy": 1, "agreement": 1, "total_variation": 3}

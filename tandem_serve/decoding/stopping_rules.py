@@ -6,7 +6,7 @@ Shape letters: B blocks being drafted, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -119,8 +119,14 @@ class StoppingRows:
 
     def select(self, rows: Tensor) -> StoppingRows:
         """Those of some rows [n] alone."""
-        parts = (self.which, self.compounds, self.shares, self.threshold, self.keep_threshold)
-        return StoppingRows(self.policies, *(part[rows] for part in parts), self.step_cost)
+        return replace(
+            self,
+            which=self.which[rows],
+            compounds=self.compounds[rows],
+            shares=self.shares[rows],
+            threshold=self.threshold[rows],
+            keep_threshold=self.keep_threshold[rows],
+        )
 
     def survival(self, before: Tensor, scorer: Scorer, logits: Tensor, drafts: Choice) -> Tensor:
         """The blocks' scores [B] with one draft more each, chosen by logits [B, V]; at first 1."""

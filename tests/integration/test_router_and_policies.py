@@ -114,6 +114,30 @@ def test_every_policy_writes_the_same_text(pair: Path, report: dict[str, Any]) -
         assert cell["policies"]["fixed-1"]["drafts_a_round"] <= 1
 
 
+def test_standalone_modes_range_from_ml_to_ms(pair: Path) -> None:
+    """What they write is tested with the engine; here, that each figure is of the right mode."""
+    out = pair / "standalone.json"
+    options = ["--pair", str(pair), "--prompts", str(pair / "prompts.jsonl"), "--max-tokens", "12", "--json", str(out)]
+    options += ["--data", str(pair / "corpus"), "--windows", "1"]
+    models = ["--model", f"copy={pair / 'primary'}", "--model", f"small={pair / 'plain-drafter'}"]
+    result = CliRunner().invoke(cli_bench.app, ["standalone", *options, *models, "--block-lengths", "2,3"])
+    assert result.exit_code == 0, result.output
+    modes = json.loads(out.read_text())["modes"]
+    tandem = {f"{variant}-{length}" for variant in ("tandem", "representations") for length in (2, 3)}
+    assert set(modes) == {"primary", "tandem-endless", "copy", "small"} | tandem
+    for name in ("primary", "copy"):
+        assert modes[name]["primary_agrees"] == 100
+    assert modes["copy"]["agreement"] == 100 and modes["copy"]["total_variation"] < 1e-4
+    assert modes["copy"]["accuracy"] == pytest.approx(
+        modes["primary"]["accuracy"], abs=1
+    )  # not quite the same positions
+    assert modes["primary"]["over_primary"] == 1
+    for name in (*tandem, "small", "tandem-endless"):
+        assert (
+            0 < modes[name]["primary_agrees"] < 100 and modes[name]["primary_loss"] > modes["primary"]["primary_loss"]
+        )
+
+
 @pytest.mark.parametrize("names", ["fixed", "fixed-0", "fixed-1-2-3", "luck", "fixed-99"])
 def test_unknown_policies_are_named(pair: Path, names: str) -> None:
     result = CliRunner().invoke(cli_bench.app, ["policies", "--pair", str(pair), "--policies", names])

@@ -79,6 +79,14 @@ def folder(tmp_path: Path) -> Path:
         },
         "early-router": {"calibration": {}},
         "policies": {"cells": [{"batch": 1, "n": 4, "policies": {"optimal": {"over_best_fixed": 1.0625}}}]},
+        "alone": {
+            "kind": "standalone",
+            "options": {"inflate": 8},
+            "modes": {
+                "primary": {"over_primary": 1.0, "accuracy": 40.0, "over_primary_by_prompt": {"p50": 1.0}},
+                "tandem-endless": {"over_primary": 6.5},
+            },
+        },
         "other": {"something": "else"},
     }
     for name, document in documents.items():
@@ -94,9 +102,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_page_stands_alone_and_shows_every_document(folder: Path, tmp_path: Path) -> None:
-    assert write_report(folder, tmp_path / "out" / "report.html") == 8
+    assert write_report(folder, tmp_path / "out" / "report.html") == 9
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == 2 * 2 + 1 + 4
+    assert page.count("data:image/svg+xml;base64,") == 2 * 2 + 1 + 5
     for reference in ('src="http', "href=", "<script"):
         assert reference not in page
     assert "tandem-serve eval &lt;x&gt;" in page and "0123456789ab" in page
@@ -125,6 +133,8 @@ def test_tables_stand_beside_the_papers(folder: Path) -> None:
     assert router.rows == [["fixed", "5", "", ""], ["router", "", "0.3", "90"]]
     (policies,) = (table for title, table in tables.items() if "block policies" in title)
     assert policies.rows == [["optimal #1", "1", "4", "1.062"]]
+    (alone,) = (table for title, table in tables.items() if "standalone, primary inflated 8x" in title)
+    assert alone.rows == [["primary", "1", "40"], ["tandem-endless", "6.5", ""]]
     assert all(len(row) == len(table.columns) for table in tables.values() for row in table.rows)
 
 

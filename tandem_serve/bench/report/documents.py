@@ -4,6 +4,7 @@
 |---|---|---|
 | eval | `eval --json` | `kind` = eval |
 | decode | `bench decode --json` | `modes`, `ratios` and `options` |
+| standalone | `bench standalone --json` | `kind` = standalone |
 | policies | `bench policies --json` | `cells` |
 | router | `train router` | `calibration` |
 | training | every `train` | log.jsonl, lines with `step`, `tokens` and `losses` |
@@ -31,6 +32,7 @@ class Documents:
     decodes: dict[str, dict[str, Any]] = field(default_factory=dict)
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     routers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    standalones: dict[str, dict[str, Any]] = field(default_factory=dict)
     trainings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -38,7 +40,7 @@ class Documents:
 
     @property
     def count(self) -> int:
-        return len(self.evals) + len(self.decodes) + len(self.policies) + len(self.routers) + len(self.trainings)
+        return sum(map(len, vars(self).values()))
 
 
 def read_documents(folder: Path) -> Documents:
@@ -53,6 +55,8 @@ def read_documents(folder: Path) -> Documents:
         name = str(file.relative_to(folder).with_suffix(""))
         if document.get("kind") == "eval":
             found.evals[name] = document
+        elif document.get("kind") == "standalone":
+            found.standalones[name] = document
         elif isinstance(document.get("calibration"), dict):
             found.routers[name] = document
         elif isinstance(document.get("cells"), list):

@@ -39,6 +39,7 @@ def _sources(documents: Documents) -> list[tuple[str, str, str]]:
         **documents.evals,
         **documents.decodes,
         **documents.policies,
+        **documents.standalones,
         **documents.routers,
     }
     sources = []

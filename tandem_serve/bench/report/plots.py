@@ -48,6 +48,8 @@ def _drawings(documents: Documents) -> Iterator[tuple[str, int, Draw]]:
     inflated = {d["options"].get("inflate", 1) for d in documents.decodes.values()}
     if len(inflated) > 1:
         yield "Measured speed-up by the primary's inflation", 1, partial(_inflation, decodes=documents.decodes)
+    for name, document in documents.standalones.items():
+        yield f"{name}: accuracy and speed of unverified text", 1, partial(_standalone, document=document)
     for name, document in documents.routers.items():
         bins = {key: p["bins"] for key, p in document["calibration"].items() if isinstance(p, dict) and p.get("bins")}
         if bins:
@@ -121,6 +123,15 @@ def _inflation(axes: Any, decodes: dict[str, dict[str, Any]]) -> None:
     for label, points in lines.items():
         axes[0].plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     _label(axes[0], "inflation of the primary", "speed-up")
+
+
+def _standalone(axes: Any, document: dict[str, Any]) -> None:
+    """One point a mode, named; what was measured on held-out text against measured speed."""
+    for name, figures in document["modes"].items():
+        if "accuracy" in figures:
+            axes[0].scatter([figures["over_primary"]], [figures["accuracy"]])
+            axes[0].annotate(name, (figures["over_primary"], figures["accuracy"]), fontsize=7)
+    _label(axes[0], "speed, over ML alone", "accuracy on held-out text, %")
 
 
 def _reliability(axes: Any, bins: dict[str, list[dict[str, float]]]) -> None:

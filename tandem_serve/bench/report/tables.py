@@ -32,6 +32,7 @@ def all_tables(documents: Documents) -> list[Table]:
         tables.append(_domains(documents.evals))
     if documents.decodes:
         tables += [_paper_table_2(), _decodes(documents.decodes)]
+    tables += [_standalone(name, document) for name, document in documents.standalones.items()]
     tables += [_policies(name, document) for name, document in documents.policies.items()]
     for name, router in documents.routers.items():
         tables += _router(name, router)
@@ -182,6 +183,18 @@ def _decodes(decodes: dict[str, dict[str, Any]]) -> Table:
             rows.append([*row, "" if same is None else f"{same}/{document['num_prompts']}"])
     columns = ("benchmark", "mode", "inflated", "temperature", "block length", "tokens/s", "accepted", "over plain")
     return Table("Measured decoding", (*columns, "identical texts"), rows)
+
+
+def _standalone(name: str, document: dict[str, Any]) -> Table:
+    records = {
+        mode: {key: value for key, value in figures.items() if not isinstance(value, dict)}
+        for mode, figures in document["modes"].items()
+    }
+    inflated = document["options"].get("inflate", 1)
+    title = (
+        f"{name}: standalone, primary inflated {inflated}x (the paper, blocks of 3: 2.75 times ML, 1.16 times Otter)"
+    )
+    return _records(title, "writes", records)
 
 
 def _ratio(document: dict[str, Any], mode: str) -> str:
