@@ -9,7 +9,12 @@ from typing import Annotated, Any
 import typer
 
 PairOption = Annotated[str, typer.Option(help="`demo`, or a folder that holds primary/, drafter/ and plain-drafter/.")]
-PromptsOption = Annotated[str, typer.Option(help="A JSONL file, or `heldout`: what the pair was not trained on.")]
+PromptsOption = Annotated[
+    str,
+    typer.Option(
+        help="JSONL, or text to cut prompts from: a file, a folder, or `heldout`, what the pair was not trained on."
+    ),
+]
 FieldOption = Annotated[str, typer.Option(help="Which key of a JSONL line is the prompt.")]
 InflateOption = Annotated[
     int, typer.Option(min=1, max=64, help="Make the primary so many times as deep, same outputs.")

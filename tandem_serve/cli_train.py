@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tandem_serve.cli_errors import reported
+from tandem_serve.cli_options import JsonOption, write_json
 from tandem_serve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -236,6 +237,7 @@ def router(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Of every other text; the rest is greedy.")] = 0.8,
     block_length: Annotated[int, typer.Option(min=2, max=64, help="Drafts a block.")] = 12,
     threads: Threads = 0,
+    json_file: JsonOption = None,
 ) -> None:
     """Train the router MLP of a drafter: run the pair, learn when its drafts are right, choose thresholds by cost."""
     from tandem_serve.training.fit_router import REPORT_FILE, RouterConfig, fit_router
@@ -252,6 +254,7 @@ def router(
         )
         file = fit_router(primary, drafter, _split(data)[0], config)
         report = json.loads((drafter / REPORT_FILE).read_text("utf-8"))
+        write_json(json_file, report)
         typer.echo(json.dumps(report["policies"], indent=2))
         typer.echo(f"router written to {file}")
 

@@ -37,9 +37,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(pair: Path) -> dict[str, Any]:
     """The router's report; the pair has a router from here on."""
     options = ["--primary", str(pair / "primary"), "--drafter", str(pair / "drafter"), "--data", str(pair / "corpus")]
-    result = CliRunner().invoke(cli_train.app, ["router", *options, "--limit", "8", "--block-length", "4"])
+    result = CliRunner().invoke(
+        cli_train.app, ["router", *options, "--limit", "8", "--block-length", "4", "--json", str(pair / "router.json")]
+    )
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads((pair / "drafter" / REPORT_FILE).read_text())
+    assert json.loads((pair / "router.json").read_text()) == found
     return found
 
 
@@ -117,8 +120,9 @@ def test_every_policy_writes_the_same_text(pair: Path, report: dict[str, Any]) -
 def test_standalone_modes_range_from_ml_to_ms(pair: Path) -> None:
     """What they write is tested with the engine; here, that each figure is of the right mode."""
     out = pair / "standalone.json"
-    options = ["--pair", str(pair), "--prompts", str(pair / "prompts.jsonl"), "--max-tokens", "12", "--json", str(out)]
-    options += ["--data", str(pair / "corpus"), "--windows", "1"]
+    text = str(pair / "corpus")  # prompts are cut from it, too
+    options = ["--pair", str(pair), "--prompts", text, "--limit", "3", "--max-tokens", "12", "--json", str(out)]
+    options += ["--data", text, "--windows", "1"]
     models = ["--model", f"copy={pair / 'primary'}", "--model", f"small={pair / 'plain-drafter'}"]
     result = CliRunner().invoke(cli_bench.app, ["standalone", *options, *models, "--block-lengths", "2,3"])
     assert result.exit_code == 0, result.output
