@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_BLOCK_LENGTH = 64  # drafts a round that anybody may ask for or send
+
 # ------------------------------------------------------------------ requests
 
 

@@ -178,11 +178,6 @@ class DraftCoordinator:
         if spec is not None and spec.attachment is not None:
             spec.attachment.num_asked, spec.attachment.drafts = 0, None
 
-    def has_drafts(self, sequence: Sequence) -> bool:
-        """Whether a round's drafts are there."""
-        spec = sequence.speculation
-        return spec is not None and spec.attachment is not None and bool(spec.attachment.drafts)
-
     def take_drafts(self, sequence: Sequence) -> tuple[int, ...]:
         """Ends the round of a sequence that runs: its drafts, or none, counted by cause."""
         spec = sequence.speculation

@@ -23,13 +23,14 @@ from tandem_serve.engine.kv_cache import KvBudget, KvBuffer
 from tandem_serve.engine.scheduler import Run, Scheduler
 from tandem_serve.engine.sequence import Sequence, Sink
 from tandem_serve.engine.telemetry import RequestTelemetry
-from tandem_serve.engine.validation import MAX_BLOCK_LENGTH, check_request
+from tandem_serve.engine.validation import check_request
 from tandem_serve.errors import DeadlineExceeded, InvalidRequest, Overloaded, TandemError, Unavailable
 from tandem_serve.interfaces import LinkFactory
 from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.tracing import SpanSink, discard
 from tandem_serve.types import (
+    MAX_BLOCK_LENGTH,
     FinishReason,
     GenerationRequest,
     GenerationStep,
@@ -310,7 +311,7 @@ class TorchPrimary:
         """
         has_adopted = False
         for sequence in [s for s in self._scheduler.running if s.is_standalone and not s.is_prefilling]:
-            is_open = sequence.num_unverified or self._drafting.has_drafts(sequence)
+            is_open = sequence.num_unverified or self._drafting.peek_drafts(sequence)
             if not is_open or not self._drafting.is_ready(sequence, now_s):
                 continue
             drafts = self._drafting.take_drafts(sequence)

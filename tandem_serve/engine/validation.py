@@ -8,6 +8,7 @@ import torch
 
 from tandem_serve.errors import InvalidRequest
 from tandem_serve.types import (
+    MAX_BLOCK_LENGTH,
     DrafterInfo,
     ExtendSequence,
     GenerationRequest,
@@ -18,7 +19,6 @@ from tandem_serve.types import (
 )
 
 MAX_REQUEST_ID_BYTES = 128  # sequence ids on the wire (drafting.proto)
-MAX_BLOCK_LENGTH = 64
 
 
 def check_sampling(sampling: SamplingParams) -> None:

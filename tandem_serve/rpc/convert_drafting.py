@@ -12,9 +12,10 @@ from tandem_serve.errors import InvalidRequest
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import drafting_pb2
 from tandem_serve.rpc.convert_handshake import DrafterTerms
-from tandem_serve.rpc.convert_primary import MAX_BLOCK_LENGTH, POLICIES, fill_sampling, parse_policy, parse_sampling
+from tandem_serve.rpc.convert_primary import POLICIES, fill_sampling, parse_policy, parse_sampling
 from tandem_serve.rpc.convert_tensor import ELEMENT_BYTES, WIRE_DTYPES, WireDtype, decode_tensor, encode_tensor
 from tandem_serve.types import (
+    MAX_BLOCK_LENGTH,
     CloseSequence,
     CreditGranted,
     DraftBlock,

@@ -8,7 +8,6 @@ from tandem_serve.errors import InvalidRequest, ModelMismatch
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import drafting_pb2
 from tandem_serve.rpc.convert_primary import (
-    MAX_BLOCK_LENGTH,
     MAX_HIDDEN_SIZE,
     MAX_LAYERS,
     MAX_VOCAB_SIZE,
@@ -16,7 +15,7 @@ from tandem_serve.rpc.convert_primary import (
     primary_model,
 )
 from tandem_serve.rpc.convert_tensor import DATA_TYPES, WIRE_DTYPES, WireDtype
-from tandem_serve.types import DrafterInfo, PrimaryInfo
+from tandem_serve.types import MAX_BLOCK_LENGTH, DrafterInfo, PrimaryInfo
 
 WIRE_VERSION = 1
 MAX_CREDIT_BYTES = 1 << 40

@@ -9,6 +9,7 @@ from tandem_serve.errors import InvalidRequest
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import control_pb2, drafting_pb2, inference_pb2
 from tandem_serve.types import (
+    MAX_BLOCK_LENGTH,
     DecodingMode,
     FinishReason,
     GenerationRequest,
@@ -27,7 +28,7 @@ MAX_VOCAB_SIZE = 1 << 24
 MAX_HIDDEN_SIZE = 1 << 20
 MAX_LAYERS = 4096
 MAX_TEMPERATURE = 100.0
-MAX_BLOCK_LENGTH = 64  # drafts a round
+
 MAX_LOGPROBS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 

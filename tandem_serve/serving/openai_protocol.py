@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tandem_serve.serving.openai_errors import ApiError
-from tandem_serve.serving.validation import INT64_MAX, INT64_MIN, MAX_BLOCK_LENGTH
-from tandem_serve.types import DecodingMode, PolicyName
+from tandem_serve.serving.validation import INT64_MAX, INT64_MIN
+from tandem_serve.types import MAX_BLOCK_LENGTH, DecodingMode, PolicyName
 
 # Parameters that clients send by default, with the values under which they change nothing. None always is one.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from tandem_serve.config import RouterLimits
 from tandem_serve.errors import InvalidRequest
-from tandem_serve.types import TextRequest
+from tandem_serve.types import MAX_BLOCK_LENGTH, TextRequest
 
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
-MAX_BLOCK_LENGTH = 64
+
 MAX_TOP_K = (1 << 31) - 1  # what the wire carries
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
