@@ -29,6 +29,7 @@ demo: $(if $(filter vllm,$(ENGINE)),$(VLLM)/.installed,$(RUNTIME)) ## a cluster 
 
 test: lint ## linters, types, import floors and every test
 	scripts/fetch_prometheus.sh
+	scripts/fetch_kubernetes_types.sh
 	PATH="$(CURDIR)/$(VENV)/prometheus/usr/bin:$$PATH" $(BIN)/pytest
 
 dashboard: $(DEV) ## observability/dashboard.json from scripts/generate_dashboard.py

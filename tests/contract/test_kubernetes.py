@@ -1,4 +1,4 @@
-"""What is in k8s/ against what cluster files say, and against the schemas of Kubernetes and KubeRay."""
+"""What is in k8s/ against what cluster files say, and against the schemas of those who define its objects."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tandem_serve.config import load_cluster_config
 from tandem_serve.errors import ConfigError
 from tandem_serve.serving.kubernetes import TERMINATION_GRACE_PERIOD_S, ray_service
 from tandem_serve.serving.pool_replicas import DRAIN_TIMEOUT_S
+from tests import kubernetes_types
 
 ROOT = Path(__file__).parents[2]
 # KubeRay's CRDs are no part of this repository: a folder with ray.io_rayservices.yaml.
@@ -33,14 +34,12 @@ MADE_FROM = {
     "overlays/gpu-autoscaled": "kubernetes-autoscaled",
     "overlays/incremental-upgrade": "kubernetes-incremental",
 }
-OTHERS_KINDS = {  # of CRDs whose schemas are not at hand
-    *("Certificate", "Issuer"),
-    *("GRPCRoute", "Gateway", "HTTPRoute"),
-    *("PodMonitor", "PrometheusRule"),
-}
 folders = pytest.mark.parametrize("folder", MADE_FROM)
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl (Debian: kubernetes-client)")
+needs_types = pytest.mark.skipif(
+    not kubernetes_types.ARE_INSTALLED, reason="no types of other projects' objects: scripts/fetch_kubernetes_types.sh"
+)
 needs_crds = pytest.mark.skipif(
     not CRDS.is_dir(), reason=f"no CRDs of KubeRay: {CRDS}; TANDEM_KUBERAY_CRDS says where they are"
 )
@@ -132,7 +131,7 @@ def test_alert_rules_are_those_of_observability() -> None:
 def test_kubernetes_own_objects_are_valid(folder: str) -> None:
     checked = 0
     for document in kustomized(folder):
-        if document["kind"] not in {*OTHERS_KINDS, "RayService"}:
+        if document["apiVersion"] not in {*kubernetes_types.PACKAGES, "ray.io/v1"}:
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
             checked += 1
     for name, template in pods(folder).items():
@@ -182,6 +181,35 @@ def test_the_schema_would_find_a_mistake() -> None:
     service = yaml.safe_load(yaml.safe_dump(one("base", "RayService")))
     service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["groupname"] = "x"
     assert "groupname" in next(ray_service_schema().iter_errors(service)).message
+
+
+def of_other_projects(folder: str) -> list[dict[str, Any]]:
+    return [document for document in kustomized(folder) if document["apiVersion"] in kubernetes_types.PACKAGES]
+
+
+@needs_kubectl
+@needs_types
+@folders
+def test_objects_of_other_projects_are_valid(folder: str, tmp_path: Path) -> None:
+    found = of_other_projects(folder)
+    assert (found == []) is (folder == "overlays/dev-cpu")
+    assert kubernetes_types.complaints(found, tmp_path) == ""
+
+
+@needs_kubectl
+@needs_types
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({"gatewayClassName": 5}, "Type 'number' is not assignable to type 'string'"),
+        ({"gatewayClass": "envoy"}, '"gatewayClass"\' does not exist in type'),
+        ({"addresses": [{"type": "IP Address", "value": "x"}]}, "data/spec/addresses/0/type must match pattern"),
+    ],
+)
+def test_the_types_would_find_a_mistake(wrong: dict[str, Any], found: str, tmp_path: Path) -> None:
+    (gateway,) = [document for document in of_other_projects("base") if document["kind"] == "Gateway"]
+    mistaken = {**gateway, "spec": {**gateway["spec"], **wrong}}
+    assert found in kubernetes_types.complaints([mistaken], tmp_path)
 
 
 # ------------------------------------------------------------------ that it fits together
