@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import openai
@@ -31,14 +31,17 @@ def measure_turn_about(
     done: Callable[[], None],
     *,
     reference: str,
+    during: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Any]:
     """Completes every prompt greedily in every mode, turn about. Returns "modes" and the ratios as bench decode does.
 
-    The first prompt is completed once in each mode before anything is timed.
+    The first prompt is completed once in each mode before anything is timed. Modes change places from prompt to prompt,
+    so that none profits from its place.
 
     Args:
         modes: by name, a router's URL and the block length to ask for; None is the cluster's own.
         reference: the mode whose text the others' is compared with.
+        during: told a mode's name, what its completions run in.
     """
     runs: dict[str, list[PromptRun]] = {name: [] for name in modes}
     with ExitStack() as stack:
@@ -47,9 +50,10 @@ def measure_turn_about(
             for url, _ in modes.values()
         }
         for turn in range(-1, len(prompts)):
-            for name in list(modes)[:: 1 if turn % 2 else -1]:
+            for name in _places(list(modes), turn):
                 url, block_length = modes[name]
-                run = _complete(clients[url], prompts[max(turn, 0)], max_tokens, block_length)
+                with during(name):
+                    run = _complete(clients[url], prompts[max(turn, 0)], max_tokens, block_length)
                 if turn >= 0:
                     runs[name].append(run)
                     done()
@@ -59,6 +63,12 @@ def measure_turn_about(
         "ratio_spread": ratio_spread(runs),
         "num_prompts": len(prompts),
     }
+
+
+def _places(names: list[str], turn: int) -> list[str]:
+    """There and back from each name in turn: over 2 * len(names) turns each is in each place twice."""
+    first = turn // 2 % len(names)
+    return [*names[first:], *names[:first]][:: -1 if turn % 2 else 1]
 
 
 def _complete(client: openai.OpenAI, prompt: tuple[int, ...], max_tokens: int, block_length: int | None) -> PromptRun:

@@ -1,4 +1,7 @@
-"""What being watched costs: one cluster that tells nothing against one with traces, scrapes and TLS, turn about."""
+"""What being watched costs: a cluster that tells nothing against one with traces, scrapes and TLS, turn about.
+
+A third tells nothing either. How far it is from the first says how well this machine can tell two clusters apart.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ from tandem_serve.bench.run_decode import provenance
 from tandem_serve.models.folder import load_tokenizer
 from tandem_serve.rpc.span_counter import SpanCounter
 
-BARE, OBSERVED = "bare", "observed"
+BARE, CONTROL, OBSERVED = "bare", "control", "observed"
+_TICK_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class OverheadOptions:
 
 
 def run_overhead(options: OverheadOptions, expect: Callable[[int], Callable[[], None]]) -> dict[str, Any]:
-    """Both clusters run at once, only one of them works at any time. tokens/s as in bench decode.
+    """All clusters run at once, only one of them works at any time, and is scraped if so. tokens/s as in bench decode.
 
     Args:
         expect: told how many completions there will be; what it returns is called after each.
@@ -43,7 +47,7 @@ def run_overhead(options: OverheadOptions, expect: Callable[[int], Callable[[], 
     prompts = held_out_prompts(load_tokenizer(primary), primary, options.limit, num_tokens=128)
     with tempfile.TemporaryDirectory() as name, closing(SpanCounter()) as collector:
         folder = Path(name)
-        for mode in (BARE, OBSERVED):
+        for mode in (BARE, CONTROL, OBSERVED):
             (folder / mode).mkdir()
         file = folder / "observability.yaml"
         traces = f"{{endpoint: '{collector.endpoint}', sample_ratio: {options.sample_ratio}}}"
@@ -56,42 +60,59 @@ def run_overhead(options: OverheadOptions, expect: Callable[[int], Callable[[], 
         with (
             plain_pools(options.pair, folder / BARE, lambda role: (), with_metrics=False) as bare,
             plain_pools(options.pair, folder / OBSERVED, watched, with_metrics=True) as observed,
-            _scraping(observed.metrics, options.scrape_interval_s) as num_scrapes,
+            plain_pools(options.pair, folder / CONTROL, lambda role: (), with_metrics=False) as control,
+            closing(_Scraper(observed.metrics, options.scrape_interval_s)) as scraper,
         ):
             figures = measure_turn_about(
-                {BARE: (bare.http, None), OBSERVED: (observed.http, None)},
+                {BARE: (bare.http, None), OBSERVED: (observed.http, None), CONTROL: (control.http, None)},
                 prompts,
                 options.max_tokens,
-                expect(2 * len(prompts)),
+                expect(3 * len(prompts)),
                 reference=BARE,
+                during=lambda mode: scraper.working() if mode == OBSERVED else nullcontext(),
             )
-            scrapes = num_scrapes()
         exports = collector.num_exports
     return {
         **figures,
-        "num_scrapes": scrapes,
+        "num_scrapes": scraper.num_rounds,
         "num_exports": exports,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "provenance": provenance(),
     }
 
 
-@contextmanager
-def _scraping(urls: Sequence[str], interval_s: float) -> Iterator[Callable[[], int]]:
-    """Reads every URL once an interval, as Prometheus would. Yields how to ask for the number of rounds so far."""
-    stopped, rounds = threading.Event(), [0]
+class _Scraper:
+    """Reads every URL as Prometheus would, once in every interval_s that the cluster works: never while others do."""
 
-    def scrape() -> None:
-        while not stopped.wait(interval_s):
-            for url in urls:
-                with urllib.request.urlopen(url, timeout=5) as answer:
-                    answer.read()
-            rounds[0] += 1
+    def __init__(self, urls: Sequence[str], interval_s: float) -> None:
+        self.num_rounds = 0
+        self._urls, self._interval_s = urls, interval_s
+        self._stopped, self._is_working = threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="scraping", daemon=True)
+        self._thread.start()
 
-    thread = threading.Thread(target=scrape, name="scraping", daemon=True)
-    thread.start()
-    try:
-        yield lambda: rounds[0]
-    finally:
-        stopped.set()
-        thread.join()
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        self._is_working = True
+        try:
+            yield
+        finally:
+            self._is_working = False
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        worked_s = 0.0
+        while not self._stopped.wait(_TICK_S):
+            worked_s += _TICK_S * self._is_working
+            if self._is_working and worked_s >= self._interval_s:
+                worked_s = 0.0
+                self._scrape()
+
+    def _scrape(self) -> None:
+        for url in self._urls:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                answer.read()
+        self.num_rounds += 1

@@ -87,8 +87,8 @@ def print_engines(figures: dict[str, Any], html_file: Path | None) -> None:
 
 def _print_ratios(figures: dict[str, Any]) -> None:
     for name, ratio in figures["ratios"].items():
-        spread = ", ".join(f"{key} {value:.2f}" for key, value in figures["ratio_spread"][name].items())
-        Console().print(f"{name}: [bold]{ratio:.2f}x[/] (by prompt: {spread})")
+        spread = ", ".join(f"{key} {value:.3f}" for key, value in figures["ratio_spread"][name].items())
+        Console().print(f"{name}: [bold]{ratio:.3f}x[/] (by prompt: {spread})")
 
 
 def print_policies(figures: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ def test_what_being_watched_costs_is_measured_on_two_real_clusters(pair: Path, m
     monkeypatch.setattr(overhead, "held_out_prompts", lambda *_, **__: [(5, 6, 7)])
     options = OverheadOptions(pair, limit=1, max_tokens=24, sample_ratio=1.0, scrape_interval_s=0.1)
     figures = overhead.run_overhead(options, lambda total: lambda: None)
-    assert set(figures["modes"]) == {"bare", "observed"}
+    assert set(figures["modes"]) == {"bare", "control", "observed"}
     assert figures["modes"]["observed"]["identical_to_plain"] is True
     assert figures["ratios"]["observed/bare"] > 0
     assert figures["num_scrapes"] > 0
