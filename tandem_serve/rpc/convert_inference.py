@@ -27,6 +27,7 @@ from tandem_serve.rpc.convert_primary import (
     parse_mode,
     parse_policy,
 )
+from tandem_serve.rpc.statuses import REQUEST_ID_KEY
 from tandem_serve.types import DecodingMode, ModelCard, TextDelta, TextRequest, TextUsage
 
 MAX_TEXT_BYTES = 4 << 20  # of a prompt
@@ -90,13 +91,17 @@ def _parse_block_length(message: inference_pb2.GenerateRequest, mode: DecodingMo
     return parse_block_length(message.block_length, mode, "block_length") if outer else None
 
 
-def with_metadata(request: TextRequest, metadata: Iterable[Any]) -> TextRequest:
-    """The request with the id and the trace that its call's metadata tell. An id that no log should hold is ignored."""
-    given = {str(key): value for key, value in metadata if isinstance(value, str)}
-    request_id = request.request_id
-    if _REQUEST_ID.fullmatch(name := given.get("x-request-id", "")):
-        request_id = f"gen-{name}-{secrets.token_hex(4)}"  # clients may use an id twice, engines may not
-    return replace(request, request_id=request_id, traceparent=given.get("traceparent"))
+def name_of_call(metadata: Iterable[Any]) -> str:
+    """The client's own name for its request, or a new one where there is none or one that no log should hold."""
+    given = next((value for key, value in metadata if key == REQUEST_ID_KEY), None)
+    return given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def with_metadata(request: TextRequest, name: str, metadata: Iterable[Any]) -> TextRequest:
+    """The request with its call's name and the trace that the metadata tell."""
+    request_id = f"gen-{name}-{secrets.token_hex(4)}"  # clients may use a name twice, engines may not
+    traceparent = next((value for key, value in metadata if key == "traceparent" and isinstance(value, str)), None)
+    return replace(request, request_id=request_id, traceparent=traceparent)
 
 
 def _parse_prompt(message: inference_pb2.GenerateRequest) -> str | tuple[int, ...]:

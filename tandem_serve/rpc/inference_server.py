@@ -18,11 +18,12 @@ from tandem_serve.rpc.authorization import CheckAuthorization, RequireAuthorizat
 from tandem_serve.rpc.convert_inference import (
     generate_response,
     list_models_response,
+    name_of_call,
     parse_generate_request,
     with_metadata,
 )
 from tandem_serve.rpc.listening import AioServer
-from tandem_serve.rpc.statuses import abort_with
+from tandem_serve.rpc.statuses import REQUEST_ID_KEY, abort_with
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MAX_MESSAGE_BYTES = 8 << 20
@@ -33,20 +34,30 @@ Context = grpc.aio.ServicerContext[Any, Any]
 async def generate(
     service: TextService,
     message: inference_pb2.GenerateRequest,
-    metadata: Iterable[Any] = (),
+    metadata: Iterable[Any],
     *,
-    peer: str = "",
+    name: str,
+    peer: str,
     timeout_s: float | None = None,
 ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
     """The Generate method. Raises what the service raises (statuses.set_status puts it on a call).
 
-    Of the call's metadata, `traceparent` is the client's trace and `x-request-id` its name for the request.
+    Args:
+        metadata: the call's; `traceparent` is the client's trace.
+        name: from name_call.
     """
-    request = with_metadata(parse_generate_request(message), metadata)
+    request = with_metadata(parse_generate_request(message), name, metadata)
     request = replace(request, client=client_of(metadata, peer), timeout_s=timeout_s)
     async with aclosing(service.complete(request)) as deltas:
         async for delta in deltas:
             yield generate_response(delta)
+
+
+def name_call(context: Any) -> str:
+    """Gives a call its name, the client's if it has one: in logs, and as `x-request-id` behind the answer."""
+    name = name_of_call(context.invocation_metadata() or ())
+    context.set_trailing_metadata([(REQUEST_ID_KEY, name)])
+    return name
 
 
 def client_of(metadata: Iterable[tuple[str, str | bytes]], peer: str) -> str:
@@ -106,9 +117,10 @@ class InferenceServer(AioServer):
 
     async def _generate(self, data: bytes, context: Context) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:
+            name = name_call(context)
             message = fields.parse(inference_pb2.GenerateRequest, data)
             metadata, left = context.invocation_metadata() or (), context.time_remaining()
-            responses = generate(self._service, message, metadata, peer=context.peer(), timeout_s=left)
+            responses = generate(self._service, message, metadata, name=name, peer=context.peer(), timeout_s=left)
             async with aclosing(responses):
                 async for response in responses:
                     yield response
@@ -117,6 +129,7 @@ class InferenceServer(AioServer):
 
     async def _list_models(self, data: bytes, context: Context) -> inference_pb2.ListModelsResponse:
         try:
+            name_call(context)
             fields.parse(inference_pb2.ListModelsRequest, data)
             return await list_models(self._service)
         except Exception as error:

@@ -26,6 +26,7 @@ from tandem_serve.errors import (
 
 RETRY_AFTER_KEY = "retry-after"  # seconds, as in HTTP
 FIELD_KEY = "invalid-field"  # percent-encoded: metadata is ASCII
+REQUEST_ID_KEY = "x-request-id"  # of a call's metadata, and of what its answer ends with
 MAX_DETAILS_BYTES = 2048  # headers over 8 KiB are refused by default; percent-encoding may treble this
 
 _CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
@@ -57,6 +58,8 @@ class StatusContext(Protocol):
 
     def set_details(self, details: str) -> None: ...
 
+    def trailing_metadata(self) -> Any: ...
+
     def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
 
 
@@ -75,18 +78,24 @@ def status_of(error: BaseException) -> Status:
 
 
 def set_status(context: StatusContext, error: BaseException) -> None:
-    """Puts an error's status on a call that is about to fail."""
+    """Puts an error's status on a call that is about to fail. Its name, if it has one, stays."""
     status = status_of(error)
     context.set_code(status.code)
     context.set_details(status.details)
-    context.set_trailing_metadata(status.trailing_metadata)
+    context.set_trailing_metadata(_with_name_of(context, status))
 
 
 async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
-    """Ends an asyncio call with an error's status."""
+    """Ends an asyncio call with an error's status. Its name, if it has one, stays."""
     status = status_of(error)
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    await context.abort(status.code, status.details, tuple(_with_name_of(context, status)))
     raise AssertionError("abort returned")  # it never does; the stubs do not say so
+
+
+def _with_name_of(context: Any, status: Status) -> list[tuple[str, str]]:
+    """A list, as Ray Serve's context wants it."""
+    name = [(key, value) for key, value in context.trailing_metadata() or () if key == REQUEST_ID_KEY]
+    return [*name, *status.trailing_metadata]
 
 
 def error_from(code: grpc.StatusCode, details: str | None, trailing_metadata: Iterable[Any] | None) -> TandemError:

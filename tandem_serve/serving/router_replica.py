@@ -83,9 +83,10 @@ class RouterDeployment:
         self, message: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         try:
+            name = inference_server.name_call(grpc_context)
             self._check_authorization(grpc_context)
-            metadata = grpc_context.invocation_metadata()
-            responses = inference_server.generate(self._front_end.service, message, metadata, peer=grpc_context.peer())
+            metadata, peer = grpc_context.invocation_metadata(), grpc_context.peer()
+            responses = inference_server.generate(self._front_end.service, message, metadata, name=name, peer=peer)
             async with aclosing(responses):
                 async for response in responses:
                     yield response
@@ -97,6 +98,7 @@ class RouterDeployment:
         self, message: inference_pb2.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> inference_pb2.ListModelsResponse:
         try:
+            inference_server.name_call(grpc_context)
             self._check_authorization(grpc_context)
             return await inference_server.list_models(self._front_end.service)
         except Exception as error:

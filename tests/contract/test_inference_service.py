@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tandem_serve.errors import InvalidRequest, Overloaded, TandemError, Unavailable
+from tandem_serve.rpc._gen.tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem_serve.rpc.inference_client import InferenceClient
 from tandem_serve.rpc.inference_server import SERVICE, InferenceServer
 from tandem_serve.types import TextDelta, TextRequest
@@ -140,6 +143,31 @@ async def test_bytes_that_are_no_message_are_the_caller_s_fault() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call(b"\xff\xff")
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("error", [None, Overloaded("full", retry_after_s=3.0)])
+@pytest.mark.parametrize(
+    ("given", "expected"), [("order-66", "order-66"), ("a b", "[0-9a-f]{32}"), ("", "[0-9a-f]{32}")]
+)
+async def test_an_answer_tells_the_request_s_name(error: TandemError | None, given: str, expected: str) -> None:
+    service = ScriptedText(error=error)
+    metadata = (("x-request-id", given),) if given else ()
+    async with served(service) as address, grpc.aio.insecure_channel(address) as channel:
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+        for call in (
+            stub.Generate(inference_pb2.GenerateRequest(text="a"), metadata=metadata, timeout=10),
+            stub.ListModels(inference_pb2.ListModelsRequest(), metadata=metadata, timeout=10),
+        ):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                while hasattr(call, "read") and await call.read() is not grpc.aio.EOF:
+                    pass
+            assert await call.code() is (grpc.StatusCode.RESOURCE_EXHAUSTED if error else grpc.StatusCode.OK)
+            trailing = dict(await call.trailing_metadata())
+            assert re.fullmatch(expected, trailing["x-request-id"])
+            assert trailing.get("retry-after") == ("3" if error else None)
+            for request in service.requests:
+                assert f"-{trailing['x-request-id']}-" in request.request_id
+            service.requests.clear()
 
 
 async def test_a_message_too_long_is_refused() -> None:

@@ -178,7 +178,10 @@ def test_grpc_wants_a_key_for_all_but_health(deployed: Deployed) -> None:
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         metadata = (*METADATA, *with_key().items())
         assert len(stub.ListModels(inference_pb2.ListModelsRequest(), metadata=metadata, timeout=30).models) == 1
-        assert list(stub.Generate(request, metadata=metadata, timeout=30))
+        named = (*metadata, ("x-request-id", "order-66"))
+        call = stub.Generate(request, metadata=named, timeout=30)
+        assert list(call)
+        assert ("x-request-id", "order-66") in call.trailing_metadata()
         health: Any = health_pb2_grpc.HealthStub(channel)
         answer = health.Check(health_pb2.HealthCheckRequest(), metadata=METADATA, timeout=30)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING

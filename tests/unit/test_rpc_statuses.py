@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from unittest.mock import MagicMock
 
 import grpc
 import pytest
+from ray.serve.grpc_util import RayServegRPCContext
 
 from tandem_serve.errors import (
     DeadlineExceeded,
@@ -16,6 +17,7 @@ from tandem_serve.errors import (
     TandemError,
     Unavailable,
 )
+from tandem_serve.rpc.inference_server import name_call
 from tandem_serve.rpc.statuses import error_from, set_status, status_of
 
 
@@ -66,24 +68,17 @@ def test_a_strange_retry_after_does_no_harm(retry_after: str) -> None:
     assert 0 <= error.retry_after_s <= 1
 
 
-def test_a_status_is_put_on_any_context() -> None:
-    class Context:
-        def __init__(self) -> None:
-            self.found: dict[str, Any] = {}
-
-        def set_code(self, code: Any) -> None:
-            self.found["code"] = code
-
-        def set_details(self, details: str) -> None:
-            self.found["details"] = details
-
-        def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-            self.found["metadata"] = trailing_metadata
-
-    context = Context()
+def test_a_status_is_put_on_serve_s_own_context_and_leaves_the_call_its_name() -> None:
+    call = MagicMock()
+    call.invocation_metadata.return_value = [("x-request-id", "order-66")]
+    call.trailing_metadata.return_value = ()
+    context = RayServegRPCContext(call)
+    context.set_trailing_metadata([("request_id", "of Serve")])
+    assert name_call(context) == "order-66"
     set_status(context, Overloaded("full", retry_after_s=3))
-    assert context.found == {
-        "code": grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "details": "full",
-        "metadata": (("retry-after", "3"),),
-    }
+    assert (context.code(), context.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+    assert context.trailing_metadata() == [
+        ("request_id", "of Serve"),
+        ("x-request-id", "order-66"),
+        ("retry-after", "3"),
+    ]

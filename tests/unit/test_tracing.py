@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.errors import ConfigError
 from tandem_serve.metrics import WithoutDraft
 from tandem_serve.rpc._gen.tandem.v1 import inference_pb2
-from tandem_serve.rpc.convert_inference import parse_generate_request, with_metadata
+from tandem_serve.rpc.convert_inference import name_of_call, parse_generate_request, with_metadata
 from tandem_serve.serving.tracing import Tracing, start_tracing
 from tandem_serve.tracing import Span, TraceContext, spanning
 from tandem_serve.types import ExtendSequence
@@ -98,11 +99,13 @@ def test_a_round_without_drafts_says_why_and_untraced_rounds_carry_nothing() -> 
 
 def test_grpc_metadata_names_a_request_and_its_trace() -> None:
     plain = parse_generate_request(inference_pb2.GenerateRequest(text="a"))
-    assert with_metadata(plain, ()) == plain
-    found = with_metadata(plain, [("x-request-id", "order-66"), ("traceparent", SAMPLED), ("b-bin", b"\0")])
+    metadata = [("x-request-id", "order-66"), ("traceparent", SAMPLED), ("b-bin", b"\0")]
+    assert name_of_call(metadata) == "order-66"
+    found = with_metadata(plain, "order-66", metadata)
     assert found.request_id.startswith("gen-order-66-")
-    assert found.traceparent == SAMPLED
-    assert with_metadata(plain, [("x-request-id", "a b")]).request_id == plain.request_id
+    assert found == replace(plain, request_id=found.request_id, traceparent=SAMPLED)
+    made = {name_of_call(given) for given in ([], [("x-request-id", "a b")], [("x-request-id", b"\0")])}
+    assert len(made) == 3 and all(re.fullmatch("[0-9a-f]{32}", name) for name in made)
 
 
 def test_an_endpoint_must_be_a_url() -> None:
