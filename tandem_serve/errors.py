@@ -3,6 +3,7 @@
 TandemError
 ├── InvalidRequest        the caller's fault: names the field and the remedy   HTTP 400  INVALID_ARGUMENT
 ├── Unauthenticated       no API key, or an unknown one                         HTTP 401  UNAUTHENTICATED
+├── PermissionDenied      a certificate of ours, but of another pool's role     (gRPC only) PERMISSION_DENIED
 ├── ModelMismatch         two peers hold models that do not fit together       HTTP 409  FAILED_PRECONDITION
 ├── CheckpointError       a checkpoint that cannot be loaded, and why          (start-up)
 ├── ConfigError           a YAML or flag that cannot be used, and why          (start-up)
@@ -32,6 +33,10 @@ class InvalidRequest(TandemError):
 
 class Unauthenticated(TandemError):
     """The router wants an API key, and the caller has shown none that it knows."""
+
+
+class PermissionDenied(TandemError):
+    """A peer has shown a good certificate, of a role that has no business here."""
 
 
 class ModelMismatch(TandemError):

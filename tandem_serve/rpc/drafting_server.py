@@ -21,7 +21,7 @@ from tandem_serve.rpc.convert_drafting import events_response, parse_commands
 from tandem_serve.rpc.convert_handshake import DrafterTerms, drafter_hello, parse_primary_hello
 from tandem_serve.rpc.listening import Health, bind, cancelled_after, server_options
 from tandem_serve.rpc.statuses import status_of
-from tandem_serve.rpc.tls import PeerTls
+from tandem_serve.rpc.tls import PRIMARY, PeerTls, require_client
 from tandem_serve.types import CreditGranted, DraftEvent
 
 SERVICE = drafting_pb2.DESCRIPTOR.services_by_name["DraftingService"].full_name
@@ -55,6 +55,7 @@ class DraftingServer:
             drafter.info, config.representation_dtype, config.credit_bytes, config.max_message_bytes
         )
         self._hello_timeout_s = hello_timeout_s
+        self._has_tls = tls is not None
         self._lock = threading.Lock()
         self._streams: set[_Stream] = set()
         self._numbers = itertools.count()
@@ -94,6 +95,8 @@ class DraftingServer:
 
     def _draft(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[drafting_pb2.DraftResponse]:
         try:
+            if self._has_tls:
+                require_client(context, PRIMARY)
             with cancelled_after(self._hello_timeout_s, context.cancel):
                 first = next(requests)
             primary = parse_primary_hello(fields.parse(drafting_pb2.DraftRequest, first))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from tandem_serve.errors import PermissionDenied
 from tandem_serve.interfaces import Primary
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import control_pb2
@@ -19,10 +21,12 @@ from tandem_serve.rpc.convert_primary import (
 )
 from tandem_serve.rpc.listening import AioServer
 from tandem_serve.rpc.statuses import abort_with
-from tandem_serve.rpc.tls import PeerTls
+from tandem_serve.rpc.tls import ROUTER, PeerTls, require_client
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["PrimaryService"].full_name
 MAX_MESSAGE_BYTES = 32 << 20  # a prompt of some millions of ids
+
+logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -33,6 +37,7 @@ class PrimaryServer(AioServer):
     def __init__(self, primary: Primary, *, host: str = "127.0.0.1", port: int = 0, tls: PeerTls | None = None) -> None:
         """Binds the port (0: any free one); serves after start(). Needs a running loop. Raises OSError."""
         self._primary = primary
+        self._has_tls = tls is not None
         self._vocab_size = 0  # known from start() on
         handlers = {
             "GenerateTokens": grpc.unary_stream_rpc_method_handler(
@@ -56,6 +61,7 @@ class PrimaryServer(AioServer):
         self, data: bytes, context: Context
     ) -> AsyncGenerator[control_pb2.GenerateTokensResponse, None]:
         try:
+            self._require_router(context)
             message = fields.parse(control_pb2.GenerateTokensRequest, data)
             request = parse_generate_tokens_request(message, self._vocab_size)
             request = replace(request, timeout_s=context.time_remaining())  # of the call's own deadline
@@ -67,7 +73,17 @@ class PrimaryServer(AioServer):
 
     async def _status(self, data: bytes, context: Context) -> control_pb2.GetPrimaryStatusResponse:
         try:
+            self._require_router(context)
             fields.parse(control_pb2.GetPrimaryStatusRequest, data)
             return primary_status_response(await self._primary.info(), await self._primary.status())
         except Exception as error:
             await abort_with(context, error)
+
+    def _require_router(self, context: Context) -> None:
+        if not self._has_tls:
+            return
+        try:
+            require_client(context, ROUTER)
+        except PermissionDenied as error:
+            logger.warning("%s turned away: %s", context.peer(), error)
+            raise

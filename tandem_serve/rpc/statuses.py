@@ -18,6 +18,7 @@ from tandem_serve.errors import (
     InvalidRequest,
     ModelMismatch,
     Overloaded,
+    PermissionDenied,
     RequestAborted,
     TandemError,
     Unauthenticated,
@@ -32,6 +33,7 @@ MAX_DETAILS_BYTES = 2048  # headers over 8 KiB are refused by default; percent-e
 _CODES: tuple[tuple[type[TandemError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
     (ModelMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),

@@ -2,8 +2,9 @@
 
 A folder holds tls.crt, tls.key and ca.crt: what cert-manager writes into a secret, and scripts/make_certificates.py
 into a folder. Both sides show a certificate and check the other's against ca.crt. Addresses are given out as replicas
-start, so a server is known by its role instead: its certificate bears the DNS name `tandem-primary` or
-`tandem-drafter`. An open connection is not checked again when its certificates expire.
+start, so peers know one another by role instead: a certificate bears the DNS name `tandem-router`, `tandem-primary` or
+`tandem-drafter`. Primaries serve routers, and drafters serve primaries. An open connection is not checked again when
+its certificates expire.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import logging
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
-from tandem_serve.errors import ConfigError
+from tandem_serve.errors import ConfigError, PermissionDenied
 
 CERTIFICATE, KEY, AUTHORITY = "tls.crt", "tls.key", "ca.crt"
-PRIMARY, DRAFTER = "tandem-primary", "tandem-drafter"  # DNS names in the certificates of servers
+ROUTER, PRIMARY, DRAFTER = "tandem-router", "tandem-primary", "tandem-drafter"  # DNS names in certificates
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,17 @@ class PeerTls:
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise ConfigError(f"TLS files in {self._folder}: {error}") from error
         return files
+
+
+def require_client(context: grpc.ServicerContext | grpc.aio.ServicerContext[Any, Any], name: str) -> None:
+    """Raises PermissionDenied unless the certificate of a call's client bears a role's name.
+
+    Only for servers with TLS: in plain text nobody has a name.
+    """
+    shown = context.auth_context().get("x509_subject_alternative_name", ())
+    names = [each.decode() for each in shown if isinstance(each, bytes)]
+    if name not in names:
+        raise PermissionDenied(f"this is for {name} alone, the certificate is {', '.join(names) or 'nameless'}'s")
 
 
 def expect_server(name: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from tandem_serve.types import DraftBlock, GenerationRequest, SamplingParams
 from tests.certificates import Authority, folder_of, renew
 from tests.link_driver import Wake, events, ready
 from tests.scripted_drafter import PRIMARY, ScriptedDrafter, extended, opened
+from tests.serving_contract import eventually
 from tests.unit.scripted_primary import INFO, ScriptedPrimary
 
 OPTIONS = LinkOptions(min_backoff_s=0.01, max_backoff_s=0.02)
@@ -132,6 +133,40 @@ def test_a_stranger_is_refused_with_a_reason_and_nobody_else_notices(
         assert (link.state, link.epoch) == (LinkState.READY, 1)
         friend = PeerTls(folder_of(tmp_path, "router", ours)).channel_credentials()
         assert attempt(address, friend) is grpc.StatusCode.OK  # the refusals were not for some other reason
+
+
+@pytest.mark.parametrize("role", ["router", "drafter"])
+def test_a_drafter_drafts_for_primaries_alone(
+    role: str, ours: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A drafter that was taken over has a certificate that is good for being a drafter, and for nothing else."""
+    with drafter_behind(PeerTls(folder_of(tmp_path, "drafter", ours))) as address:
+        with linked(address, PeerTls(folder_of(tmp_path, role, ours))) as (link, _):
+            link_warned = f"drafter {address} not connected: PERMISSION_DENIED"
+            eventually(lambda: link_warned in caplog.text, "the link says why")
+            assert link.state is LinkState.CONNECTING
+        assert f"turned away: this is for tandem-primary alone, the certificate is tandem-{role}'s" in caplog.text
+        with linked(address, PeerTls(folder_of(tmp_path, "primary", ours))) as (link, wake):
+            ready(link, wake)
+
+
+@pytest.mark.parametrize("role", ["primary", "drafter"])
+async def test_a_primary_serves_routers_alone(
+    role: str, ours: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = PrimaryServer(ScriptedPrimary(range(20)), tls=PeerTls(folder_of(tmp_path, "primary", ours)))
+    await server.start()
+    stranger = GrpcPrimary(server.address, PeerTls(folder_of(tmp_path, role, ours)))
+    router = GrpcPrimary(server.address, PeerTls(folder_of(tmp_path, "router", ours)))
+    try:
+        for call in (stranger.info(), stranger.status(), anext(stranger.generate(REQUEST))):
+            with pytest.raises(Unavailable, match=f"for tandem-router alone, the certificate is tandem-{role}'s"):
+                await call
+        assert caplog.text.count("turned away") == 3
+        assert await router.info() == INFO
+    finally:
+        await asyncio.gather(stranger.close(), router.close())
+        await server.stop(0)
 
 
 @pytest.mark.parametrize("impostor", ["another authority's", "a primary's", "plain text"])
