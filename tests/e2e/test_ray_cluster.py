@@ -19,7 +19,9 @@ import httpx
 import pytest
 
 from tests import listeners
+from tests.otlp_collector import Collector
 from tests.serving_contract import LONG, Cluster, ServingContract, eventually, make_pair
+from tests.traced_request import check_one_request_is_one_trace
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -31,6 +33,7 @@ name: tiny
 primary: {model: primary, resources: {num_cpus: 0.5}, engine: {kv_cache_tokens: 16384}}
 drafter: {model: drafter, resources: {num_cpus: 0.5}}
 router: {model_name: tiny, http_port: 0, grpc_port: 0}
+observability: {traces: {endpoint: "COLLECTOR", sample_ratio: 0}}
 """
 
 
@@ -39,8 +42,10 @@ class Up:
 
     def __init__(self, folder: Path) -> None:
         make_pair(folder)
+        self.collector = Collector()
+        self._content = FILE.replace("COLLECTOR", self.collector.endpoint)
         self._file = folder / "cluster.yaml"
-        self._file.write_text(FILE)
+        self._file.write_text(self._content)
         self._mark = uuid.uuid4().hex
         self._log = folder / "up.log"
         self._environment = {
@@ -77,7 +82,7 @@ class Up:
 
     def apply(self, *options: str, **pools: str) -> str:
         """`tandem-serve apply` of the file with whole lines replaced; what it printed."""
-        lines = {line.partition(":")[0]: line for line in FILE.strip().splitlines()} | pools
+        lines = {line.partition(":")[0]: line for line in self._content.strip().splitlines()} | pools
         self._file.write_text("\n".join(lines.values()))
         command = [sys.executable, "-m", "tandem_serve.cli", "apply", str(self._file), "--address", self.ray, *options]
         done = subprocess.run(command, capture_output=True, text=True, env=self._environment, timeout=120)
@@ -152,6 +157,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     up.stop()
     assert up.exit_status() == 0
     eventually(lambda: not up.processes(), "no process is left behind")
+    up.collector.close()
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +174,9 @@ class TestRayCluster(ServingContract):
             ("drafter", "tandem:drafter_draft_tokens_total"),
         ):
             assert [value > 0 for value in up.samples(pool, name)] == [True], pool
+
+    def test_one_request_is_one_trace_through_all_pools(self, up: Up, cluster: Cluster) -> None:
+        check_one_request_is_one_trace(cluster, up.collector)
 
     def test_killing_the_drafter_in_mid_stream_changes_no_token(self, up: Up, cluster: Cluster) -> None:
         body = {"temperature": 0.9, "seed": 3, "max_tokens": LONG, "ignore_eos": True}

@@ -26,6 +26,7 @@ from tests.checkpoints import CONFIG
 from tests.otlp_collector import Collector
 from tests.prometheus_server import IS_INSTALLED, Prometheus
 from tests.serving_contract import LONG, PROMPT, Cluster, ServingContract, eventually, make_pair
+from tests.traced_request import check_one_request_is_one_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 180.0
@@ -34,7 +35,6 @@ observability:
   traces: {{endpoint: "{endpoint}", sample_ratio: 0}}
   logs: {{format: json, requests: true}}
 """
-TRACE_ID, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 class Pools:
@@ -156,40 +156,7 @@ class TestPlainProcesses(ServingContract):
         eventually(lambda: "metrics" in cluster.complete(max_tokens=16), "acceptance comes back", START_TIMEOUT_S)
 
     def test_one_request_is_one_trace_through_all_pools(self, pools: Pools, cluster: Cluster) -> None:
-        body = {"model": cluster.model, "prompt": PROMPT, "max_tokens": 48, "temperature": 0}
-        headers = {"traceparent": f"00-{TRACE_ID}-{CALLER}-01"}
-        response = httpx.post(f"{cluster.http}/v1/completions", json=body, headers=headers, timeout=60)
-        assert response.json()["choices"][0]["text"] == cluster.text(max_tokens=48)
-
-        def has_arrived() -> bool:
-            found = pools.collector.trace(TRACE_ID)
-            drafted = {
-                span.span_id for span in found if span.attributes.get("num_draft_tokens") and span.name == "round"
-            }
-            names = {span.name for span in found}
-            return {"completion", "primary"} <= names and drafted <= {s.parent_id for s in found if s.name == "draft"}
-
-        eventually(has_arrived, "all three pools have exported their spans")
-        spans = pools.collector.trace(TRACE_ID)
-        by_id = {span.span_id: span for span in spans}
-        parents = {(s.service, s.name, getattr(by_id.get(s.parent_id), "name", s.parent_id)) for s in spans}
-        assert parents == {
-            ("tandem-router", "completion", CALLER),
-            ("tandem-router", "sequence", "completion"),
-            ("tandem-primary", "primary", "sequence"),
-            ("tandem-primary", "prefill", "primary"),
-            ("tandem-primary", "round", "primary"),
-            ("tandem-drafter", "draft", "round"),
-        }
-        rounds = [span for span in spans if span.name == "round"]
-        assert sum(span.attributes["num_tokens"] for span in rounds) == 48 - 1  # the first is the prefill's
-        assert sum(span.attributes["num_draft_tokens"] > 0 for span in rounds) > 3
-        ends = [rounds[0].start_ns, *(span.end_ns for span in rounds)]
-        assert ends == sorted(ends)
-        # the next request brings no trace, and by chance none is traced
-        before = pools.collector.num_spans()
-        cluster.complete()
-        assert pools.collector.num_spans() == before
+        check_one_request_is_one_trace(cluster, pools.collector)
 
     def test_a_request_has_one_name_in_every_log(self, pools: Pools, cluster: Cluster) -> None:
         body = {"model": cluster.model, "prompt": PROMPT, "max_tokens": 24}
