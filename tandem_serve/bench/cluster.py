@@ -61,6 +61,7 @@ def measure_turn_about(
         "modes": {name: summarize(of_mode, runs[reference]) for name, of_mode in runs.items()},
         "ratios": ratios(runs),
         "ratio_spread": ratio_spread(runs),
+        "tokens_per_s_by_prompt": {name: [run.tokens_per_s for run in of_mode] for name, of_mode in runs.items()},
         "num_prompts": len(prompts),
     }
 

@@ -23,6 +23,7 @@ from tandem_serve.config import DrafterEngineConfig
 from tandem_serve.models.decoder import DecoderConfig
 from tandem_serve.serving.drafter import DrafterReplica
 from tests.checkpoints import CONFIG
+from tests.listeners import listeners
 from tests.otlp_collector import Collector
 from tests.prometheus_server import IS_INSTALLED, Prometheus
 from tests.serving_contract import LONG, PROMPT, Cluster, ServingContract, eventually, make_pair
@@ -47,6 +48,10 @@ class Pools:
         self._primary_model, self._drafter_model = make_pair(folder, config)
         self._drafter, primary, http, grpc, *metrics = _free_addresses(7)
         self.metrics = dict(zip(("drafter", "primary", "router"), metrics, strict=True))
+        self.ports = {
+            role: {int(address.split(":")[1]) for address in (*own, self.metrics[role])}
+            for role, own in {"drafter": [self._drafter], "primary": [primary], "router": [http, grpc]}.items()
+        }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.start_drafter()
         self._start(
@@ -69,6 +74,9 @@ class Pools:
         """A drafter at the dead one's address, in this process: up at once, while sequences still run."""
         port = int(self._drafter.split(":")[1])
         return DrafterReplica(str(self._drafter_model), DrafterEngineConfig(), port=port)
+
+    def listeners(self) -> dict[str, set[tuple[str, int]]]:
+        return {role: listeners(process.pid) for role, process in self._processes.items()}
 
     def kill_drafter(self) -> None:
         self._processes["drafter"].kill()
@@ -154,6 +162,10 @@ class TestPlainProcesses(ServingContract):
             successors[0].close()
         pools.start_drafter()
         eventually(lambda: "metrics" in cluster.complete(max_tokens=16), "acceptance comes back", START_TIMEOUT_S)
+
+    def test_they_listen_where_they_were_told_to_and_on_loopback_alone(self, pools: Pools) -> None:
+        expected = {role: {("127.0.0.1", port) for port in ports} for role, ports in pools.ports.items()}
+        assert pools.listeners() == expected
 
     def test_one_request_is_one_trace_through_all_pools(self, pools: Pools, cluster: Cluster) -> None:
         check_one_request_is_one_trace(cluster, pools.collector)
