@@ -268,6 +268,8 @@ def overhead(
         with ProgressBar("watched against unwatched") as bar:
             figures = run_overhead(options, bar.expect)
     print_cluster(figures, same_as="bare")
+    cost = figures["cost"]
+    typer.echo(f"cost: {cost['median']:.1%} of tokens/s (95 %: {cost['low']:.1%} to {cost['high']:.1%})")
     typer.echo(f"{figures['num_scrapes']} scrapes of each replica, {figures['num_exports']} exports of spans")
     write_json(json_file, figures)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from tandem_serve.bench.cluster import measure_turn_about
 from tandem_serve.bench.plain_pools import plain_pools
 from tandem_serve.bench.prompts import held_out_prompts
 from tandem_serve.bench.run_decode import provenance
+from tandem_serve.bench.summary import median_interval, quantile
 from tandem_serve.models.folder import load_tokenizer
 from tandem_serve.rpc.span_counter import SpanCounter
 
@@ -74,11 +75,20 @@ def run_overhead(options: OverheadOptions, expect: Callable[[int], Callable[[], 
         exports = collector.num_exports
     return {
         **figures,
+        "cost": cost_of_watching(figures["tokens_per_s_by_prompt"]),
         "num_scrapes": scraper.num_rounds,
         "num_exports": exports,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "provenance": provenance(),
     }
+
+
+def cost_of_watching(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The share of tokens/s that the watched cluster lacks against the mean of the others: median prompt, and 95 %."""
+    prompts = zip(rates[OBSERVED], rates[BARE], rates[CONTROL], strict=True)
+    costs = sorted(1 - 2 * observed / (bare + control) for observed, bare, control in prompts if bare + control)
+    low, high = median_interval(costs)
+    return {"median": quantile(costs, 0.5), "low": low, "high": high}
 
 
 class _Scraper:
