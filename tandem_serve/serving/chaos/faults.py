@@ -89,11 +89,9 @@ class FaultInjector:
 
     def _observe(self) -> None:
         """Takes down what has healed."""
-        if not (waiting := self._open_faults()):
-            return
         health = look_at(self._simulation)
         self._simulation.yield_to_newcomers(health.running)
-        for fault in waiting:
+        for fault in self._open_faults():
             if health.has_recovered(fault):
                 fault.recovered = time.monotonic()
 

@@ -83,7 +83,7 @@ class Simulation:
                 self._niced.add(replica.pid)
                 with contextlib.suppress(OSError):  # it has just gone
                     for thread in os.listdir(f"/proc/{replica.pid}/task"):
-                        os.setpriority(os.PRIO_PROCESS, int(thread), _NICENESS)
+                        lower_priority(int(thread))
 
 
 @contextmanager
@@ -112,6 +112,11 @@ def simulated_cluster(config: ClusterConfig, *, nodes_per_pool: int = 2) -> Iter
     finally:
         ray.shutdown()
         ray_cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+def lower_priority(thread: int = 0) -> None:
+    """Of a thread by its id; 0: of this one. See Simulation.yield_to_newcomers."""
+    os.setpriority(os.PRIO_PROCESS, thread, _NICENESS)
 
 
 def patiently(ask: Any, timeout_s: float = 60.0) -> Any:

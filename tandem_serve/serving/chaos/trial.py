@@ -16,7 +16,7 @@ from tandem_serve.models.folder import load_tokenizer, resolve_folder
 from tandem_serve.serving.chaos.client import Delivery, Order, ResumingClient, longest_gap_s
 from tandem_serve.serving.chaos.faults import FaultInjector
 from tandem_serve.serving.chaos.recovery import Fault
-from tandem_serve.serving.chaos.simulation import simulated_cluster
+from tandem_serve.serving.chaos.simulation import lower_priority, simulated_cluster
 
 _PROMPTS = (
     "def read_lines(path):\n",
@@ -44,7 +44,7 @@ def run_trial(config: ClusterConfig, size: TrialSize, progress: Progress) -> dic
     orders = _orders(size, lambda text: tuple(tokenizer.encode(text).ids))
     progress("starting nodes and pools")
     # Faults are injected from this thread, the main one: nodes that are started by another one cannot be ended well.
-    with simulated_cluster(config) as simulation, ThreadPoolExecutor(1, "clients") as beside:
+    with simulated_cluster(config) as simulation, ThreadPoolExecutor(1, "clients", lower_priority) as beside:
         progress("the calm run, without drafts")
         calm = asyncio.run(_calm_run(simulation.url, orders))
         crowd = _Crowd(simulation.url, orders)
