@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from tandem_serve.config_kubernetes import KubernetesConfig
 from tandem_serve.errors import ConfigError
-from tandem_serve.types import PolicyName
+from tandem_serve.types import MAX_BLOCK_LENGTH, PolicyName
 
 Dtype = Literal["float32", "bfloat16"]
 P = TypeVar("P", bound="_Part")
@@ -189,6 +189,21 @@ class AdmissionConfig(_Part):
         return self.max_running_per_primary or default
 
 
+class SpeculationConfig(_Part):
+    """What the router decides for requests that leave it open. None of it changes a token."""
+
+    adapts: bool = True  # block lengths to what drafts cost and bring at each load; False: the primary's block_length
+    longest_block_length: int = Field(8, ge=1, le=MAX_BLOCK_LENGTH)  # that it goes up to
+    policy: PolicyName | None = None  # who ends blocks early; None: the primary's
+    threshold: float | None = Field(None, ge=0, le=1)  # of that policy; None: its own
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.threshold is not None and self.policy in (None, PolicyName.FIXED):
+            raise ValueError("threshold needs a policy other than fixed")
+        return self
+
+
 class RouterPool(Pool):
     """The ingress: HTTP and gRPC."""
 
@@ -201,6 +216,7 @@ class RouterPool(Pool):
     limits: RouterLimits = RouterLimits()
     api_keys_file: str | None = None  # from `tandem-serve keys new`, read again when it changes. None: open to all
     admission: AdmissionConfig = AdmissionConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     request_timeout_s: float | None = Field(None, gt=0)
     max_ongoing_requests: int = Field(1024, ge=1)
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tandem_serve.types import (
+    BlockLengths,
     DrafterCommand,
     DrafterInfo,
     DraftEvent,
+    DraftingCosts,
     GenerationRequest,
     GenerationStep,
     ModelCard,
@@ -34,6 +36,18 @@ class Primary(Protocol):
         """Streams the sequence. Closing the iterator aborts the request in both pools.
 
         Raises InvalidRequest, Overloaded, Unavailable.
+        """
+        ...
+
+
+@runtime_checkable
+class Directable(Protocol):
+    """A primary replica whose router decides how long its blocks are."""
+
+    async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
+        """Hands over what has been decided (None: nothing yet) for what has been measured.
+
+        None: this engine sees to its block lengths by itself. Raises Unavailable.
         """
         ...
 

@@ -227,6 +227,42 @@ def mismatches(primary: PrimaryInfo, drafter: DrafterInfo) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class CostPoint:
+    """What things of about the same size have taken, in the mean. Recent ones weigh more."""
+
+    size: float
+    seconds: float
+    weight: float  # how many they were, as far as they still count
+
+
+@dataclass(frozen=True, slots=True)
+class DraftingCosts:
+    """What a primary has measured of its rounds: what decides how long blocks should be (decoding/block_costs.py)."""
+
+    verify: tuple[CostPoint, ...]  # an engine step, by the tokens that it verifies; ascending
+    draft: tuple[CostPoint, ...]  # the wait for a block, by its drafts; ascending
+    tried: tuple[float, ...]  # drafts by their place in the block, where those before were right
+    right: tuple[float, ...]  # of those, how many were right
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLengths:
+    """How many drafts a round gets where its request does not say: by_batch[b - 1] with b sequences running.
+
+    More than there are entries for get the last one. 0: none. Of probe_every[b - 1] rounds (0: of none) some do what is
+    not done otherwise, drafting or not drafting, to see whether that would be better by now.
+    """
+
+    by_batch: tuple[int, ...]
+    probe_every: tuple[int, ...]
+
+    def at(self, num_requests_running: int) -> tuple[int, int]:
+        """The length, and the rounds between two probes."""
+        index = min(max(num_requests_running, 1), len(self.by_batch)) - 1
+        return self.by_batch[index], self.probe_every[index]
+
+
+@dataclass(frozen=True, slots=True)
 class PrimaryStatus:
     """A primary's load, for pairing and for `tandem-serve status`."""
 

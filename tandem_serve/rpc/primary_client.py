@@ -8,6 +8,7 @@ import grpc
 
 from tandem_serve.errors import Unavailable
 from tandem_serve.rpc._gen.tandem.v1 import control_pb2, control_pb2_grpc
+from tandem_serve.rpc.convert_costs import direct_drafting_request, parse_direct_drafting_response
 from tandem_serve.rpc.convert_primary import (
     generate_tokens_request,
     parse_generate_tokens_response,
@@ -16,7 +17,14 @@ from tandem_serve.rpc.convert_primary import (
 from tandem_serve.rpc.listening import channel_options
 from tandem_serve.rpc.statuses import error_from
 from tandem_serve.rpc.tls import PRIMARY, PeerTls, expect_server
-from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
+from tandem_serve.types import (
+    BlockLengths,
+    DraftingCosts,
+    GenerationRequest,
+    GenerationStep,
+    PrimaryInfo,
+    PrimaryStatus,
+)
 
 STATUS_TIMEOUT_S = 5.0
 
@@ -54,6 +62,15 @@ class GrpcPrimary:
 
     async def status(self) -> PrimaryStatus:
         return (await self._get_status())[1]
+
+    async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
+        """See interfaces.Directable."""
+        stub = control_pb2_grpc.PrimaryServiceStub(self._current_channel())
+        try:
+            message = await stub.DirectDrafting(direct_drafting_request(lengths), timeout=STATUS_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_from(error.code(), error.details(), error.trailing_metadata()) from error
+        return parse_direct_drafting_response(message)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Streams the sequence; closing the generator cancels the call, which aborts the request over there."""

@@ -11,9 +11,10 @@ from typing import Any
 import grpc
 
 from tandem_serve.errors import PermissionDenied
-from tandem_serve.interfaces import Primary
+from tandem_serve.interfaces import Directable, Primary
 from tandem_serve.rpc import fields
 from tandem_serve.rpc._gen.tandem.v1 import control_pb2
+from tandem_serve.rpc.convert_costs import direct_drafting_response, parse_direct_drafting_request
 from tandem_serve.rpc.convert_primary import (
     generate_tokens_response,
     parse_generate_tokens_request,
@@ -50,6 +51,11 @@ class PrimaryServer(AioServer):
                 request_deserializer=None,
                 response_serializer=control_pb2.GetPrimaryStatusResponse.SerializeToString,
             ),
+            "DirectDrafting": grpc.unary_unary_rpc_method_handler(
+                self._direct,
+                request_deserializer=None,
+                response_serializer=control_pb2.DirectDraftingResponse.SerializeToString,
+            ),
         }
         super().__init__(SERVICE, handlers, max_message_bytes=MAX_MESSAGE_BYTES, host=host, port=port, tls=tls)
 
@@ -76,6 +82,16 @@ class PrimaryServer(AioServer):
             self._require_router(context)
             fields.parse(control_pb2.GetPrimaryStatusRequest, data)
             return primary_status_response(await self._primary.info(), await self._primary.status())
+        except Exception as error:
+            await abort_with(context, error)
+
+    async def _direct(self, data: bytes, context: Context) -> control_pb2.DirectDraftingResponse:
+        try:
+            self._require_router(context)
+            lengths = parse_direct_drafting_request(fields.parse(control_pb2.DirectDraftingRequest, data))
+            primary = self._primary
+            costs = await primary.direct(lengths) if isinstance(primary, Directable) else None
+            return direct_drafting_response(costs)
         except Exception as error:
             await abort_with(context, error)
 

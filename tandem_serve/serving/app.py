@@ -16,7 +16,6 @@ from ray import serve
 from ray.serve import Application
 
 from tandem_serve.config import (
-    AdmissionConfig,
     Autoscaling,
     ClusterConfig,
     DrafterPool,
@@ -24,7 +23,6 @@ from tandem_serve.config import (
     Pool,
     PrimaryPool,
     RouterAutoscaling,
-    RouterLimits,
     RouterPool,
 )
 from tandem_serve.serving.autoscaling import POLICY_PATH
@@ -40,6 +38,7 @@ GRPC_SERVICER_FUNCTIONS = [
 P = TypeVar("P", bound=Pool)
 AnyPool = PrimaryPool | DrafterPool | RouterPool
 
+ROUTER_PARTS = ("limits", "admission", "speculation")  # that a running router takes
 METRICS = {"metrics_interval_s": 1, "look_back_period_s": 3}  # of what replicas report for autoscaling
 LOGGING = {"enable_access_log": False}  # a line a request costs more than the request's share of a step
 
@@ -115,7 +114,7 @@ def user_config(pool: AnyPool) -> dict[str, Any]:
     if isinstance(pool, PrimaryPool):
         return {"block_length": pool.engine.block_length, "autoscaling": _dumped(pool.autoscaling)}
     if isinstance(pool, RouterPool):
-        return {part: getattr(pool, part).model_dump(mode="json") for part in ("limits", "admission")}
+        return {part: getattr(pool, part).model_dump(mode="json") for part in ROUTER_PARTS}
     return {"autoscaling": _dumped(pool.autoscaling)}
 
 
@@ -130,7 +129,7 @@ def _restart_part(pool: P) -> P:
         default = type(pool.engine).model_fields["block_length"].default
         update["engine"] = pool.engine.model_copy(update={"block_length": default})
     if isinstance(pool, RouterPool):
-        update |= {"limits": RouterLimits(), "admission": AdmissionConfig()}
+        update |= {part: RouterPool.model_fields[part].default for part in ROUTER_PARTS}
         # Serve's own, for the whole cluster (`serve_config`); no replica looks at them.
         update |= {name: RouterPool.model_fields[name].default for name in ("host", "http_port", "grpc_port")}
     return pool.model_copy(update=update)

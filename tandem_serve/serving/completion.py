@@ -10,6 +10,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tandem_serve.errors import InvalidRequest
@@ -28,7 +29,7 @@ from tandem_serve.types import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tandem_serve.config import RouterLimits
+    from tandem_serve.config import RouterLimits, SpeculationConfig
     from tandem_serve.interfaces import Primary
 
 _LONG_PROMPT_CHARS = 8_192  # tokenised in a thread: at some MB/s, more would hold up every other stream
@@ -46,12 +47,15 @@ class TextCompletion:
         model_name: str,
         eos_token_ids: Sequence[int],
         limits: Callable[[], RouterLimits],
+        speculation: Callable[[], SpeculationConfig] | None = None,
     ) -> None:
+        """limits, speculation: as they are at present; the second: what requests leave open, if it is to be said."""
         self._primary = primary
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._eos_token_ids = tuple(eos_token_ids)
         self._limits = limits
+        self._speculation = speculation
         self._info: PrimaryInfo | None = None  # the same for every replica of the pool
 
     async def models(self) -> list[ModelCard]:
@@ -109,6 +113,7 @@ class TextCompletion:
                 f"{room} after the prompt's {len(prompt)}",
                 field="max_tokens",
             )
+        request = self._with_policy(request)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         return [
             GenerationRequest(
@@ -133,6 +138,13 @@ class TextCompletion:
             )
             for index in range(request.n)
         ]
+
+    def _with_policy(self, request: TextRequest) -> TextRequest:
+        """A request that names no policy gets the router's."""
+        if self._speculation is None or request.policy is not None or request.mode.is_standalone:
+            return request
+        ours = self._speculation()
+        return replace(request, policy=ours.policy, threshold=ours.threshold)
 
     async def _completion(
         self, index: int, generation: GenerationRequest, stop: tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tandem_serve.config import AdmissionConfig, RouterLimits, RouterPool
+from tandem_serve.config import AdmissionConfig, RouterLimits, RouterPool, SpeculationConfig
 from tandem_serve.models.folder import eos_token_ids, load_tokenizer, resolve_folder
 from tandem_serve.serving.admission import Admission, AdmittedTextService
 from tandem_serve.serving.api_keys import ApiKeys
@@ -26,12 +26,13 @@ def build_front_end(
     metrics_targets: Callable[[], Sequence[Target]],
     limits: Callable[[], RouterLimits] | None = None,
     admission: Callable[[], AdmissionConfig] | None = None,
+    speculation: Callable[[], SpeculationConfig] | None = None,
 ) -> FrontEnd:
     """The text service and what the HTTP endpoints need beside it. Reads the tokenizer of `model`, no weights.
 
     Args:
         metrics_targets: where the replicas that this router knows serve their metrics.
-        limits, admission: as they are at present; None: always what `pool` says.
+        limits, admission, speculation: as they are at present; None: always what `pool` says.
 
     Raises:
         CheckpointError: where the tokenizer cannot be loaded.
@@ -48,6 +49,7 @@ def build_front_end(
         model_name=pool.model_name,
         eos_token_ids=eos_token_ids(folder),
         limits=limits,
+        speculation=speculation or (lambda: pool.speculation),
     )
     gate = Admission(admission or (lambda: pool.admission), lambda: router.num_primaries)
     admitted = AdmittedTextService(service, gate, timeout_s=pool.request_timeout_s)

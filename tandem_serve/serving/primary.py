@@ -8,19 +8,27 @@ from contextlib import aclosing
 from prometheus_client import CollectorRegistry
 
 from tandem_serve.config import PrimaryEngineConfig, VllmEngineConfig
+from tandem_serve.decoding.directed_policy import DirectedPolicy
 from tandem_serve.decoding.goodput import MeasuredBlockLength
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.metrics import PrimaryMetrics
 from tandem_serve.rpc.tls import PeerTls
 from tandem_serve.serving.autoscaling import PrimarySignals, Totals
 from tandem_serve.tracing import SpanSink, discard
-from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
+from tandem_serve.types import (
+    BlockLengths,
+    DraftingCosts,
+    GenerationRequest,
+    GenerationStep,
+    PrimaryInfo,
+    PrimaryStatus,
+)
 
 
-def _block_policy(config: PrimaryEngineConfig | VllmEngineConfig) -> RequestedPolicy | MeasuredBlockLength:
+def _block_policy(config: PrimaryEngineConfig | VllmEngineConfig) -> DirectedPolicy | MeasuredBlockLength:
     if isinstance(config, VllmEngineConfig):
         return MeasuredBlockLength(config.block_length, config.longest_block_length, adapts=config.adapts)
-    return RequestedPolicy(config.block_length, config.policy)
+    return DirectedPolicy(RequestedPolicy(config.block_length, config.policy))
 
 
 class PrimaryReplica:
@@ -65,6 +73,13 @@ class PrimaryReplica:
 
     async def status(self, replica_id: str | None = None) -> PrimaryStatus:
         return await self._primary.status()
+
+    async def direct(self, lengths: BlockLengths | None, replica_id: str | None = None) -> DraftingCosts | None:
+        """See interfaces.Directable."""
+        if not isinstance(self._policy, DirectedPolicy):
+            return None
+        self._policy.lengths = lengths
+        return self._policy.costs()
 
     async def generate(
         self, request: GenerationRequest, replica_id: str | None = None

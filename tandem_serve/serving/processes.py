@@ -101,6 +101,7 @@ async def run_router(
     """
     from tandem_serve.rpc.inference_server import InferenceServer
     from tandem_serve.rpc.primary_client import GrpcPrimary
+    from tandem_serve.serving.block_lengths import BlockLengthControl
     from tandem_serve.serving.front_end import build_front_end
     from tandem_serve.serving.http_server import HttpServer
     from tandem_serve.serving.openai_api import create_app
@@ -126,10 +127,12 @@ async def run_router(
         )
         metrics = _export(front_end.metrics.registry, pool.host, metrics_port)
     targets += [] if metrics is None else [Target(metrics.address, {"pool": "router"})]
+    control = asyncio.create_task(BlockLengthControl(router.primaries, lambda: pool.speculation).run())
     await http.start()
     await grpc.start()
     announce(f"router listening on http://{pool.host}:{http.port} and grpc://{grpc.address}{_where(metrics)}")
     await stopped.wait()
+    control.cancel()
     await asyncio.gather(http.stop(DRAIN_TIMEOUT_S), grpc.stop(DRAIN_TIMEOUT_S))
     for client in clients.values():
         await client.close()

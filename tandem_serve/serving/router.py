@@ -125,6 +125,10 @@ class PairingRouter:
         """Those that may get sequences."""
         return len(self._primaries.members)
 
+    def primaries(self) -> list[Primary]:
+        """Those that may get sequences."""
+        return list(self._clients.values())
+
     def set_primaries(self, clients: Mapping[str, Primary]) -> None:
         self._clients = dict(clients)
         self._primaries.set_members(clients)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from tandem_serve.config import AdmissionConfig, ObservabilityConfig, RouterLimits, RouterPool
+from tandem_serve.config import AdmissionConfig, ObservabilityConfig, RouterLimits, RouterPool, SpeculationConfig
 from tandem_serve.rpc import inference_server
 from tandem_serve.rpc.authorization import authorization_of
 from tandem_serve.rpc.statuses import set_status
+from tandem_serve.serving.block_lengths import BlockLengthControl
 from tandem_serve.serving.exposition import Target, serve_metrics
 from tandem_serve.serving.front_end import build_front_end
 from tandem_serve.serving.logs import configure_logs
@@ -51,7 +52,7 @@ class RouterDeployment:
         configure_logs(observability.logs, "router")
         self._tracing = start_tracing(observability.traces, "router", replica_name())
         self._router = PairingRouter(spans=self._tracing.sink)
-        self._limits, self._admission = pool.limits, pool.admission
+        self._limits, self._admission, self._speculation = pool.limits, pool.admission, pool.speculation
         self._front_end = build_front_end(
             pool,
             model,
@@ -60,15 +61,19 @@ class RouterDeployment:
             self._metrics_targets,
             limits=lambda: self._limits,
             admission=lambda: self._admission,
+            speculation=lambda: self._speculation,
         )
         self._metrics = serve_metrics(self._front_end.metrics.registry, node_address(), observability.metrics.port)
         self._found: dict[str, Replicas] = {}
         self._loop = asyncio.get_running_loop()
+        control = BlockLengthControl(self._router.primaries, lambda: self._speculation)
+        self._control = self._loop.create_task(control.run())
         self._handles = {PRIMARY: discover(PRIMARY, primary_application, self._on_loop(self._set_primaries))}
         if drafter_application is not None:
             self._handles[DRAFTER] = discover(DRAFTER, drafter_application, self._on_loop(self._set_drafters))
 
     async def __del__(self) -> None:
+        self._control.cancel()
         await asyncio.to_thread(self._tracing.close)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -78,6 +83,7 @@ class RouterDeployment:
         """What app.user_config says, at the start and with every change of it."""
         self._limits = RouterLimits.model_validate(user_config["limits"])
         self._admission = AdmissionConfig.model_validate(user_config["admission"])
+        self._speculation = SpeculationConfig.model_validate(user_config["speculation"])
 
     async def Generate(
         self, message: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext

@@ -9,7 +9,14 @@ import ray.exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from tandem_serve.errors import Overloaded, RequestAborted, TandemError, Unavailable
-from tandem_serve.types import GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
+from tandem_serve.types import (
+    BlockLengths,
+    DraftingCosts,
+    GenerationRequest,
+    GenerationStep,
+    PrimaryInfo,
+    PrimaryStatus,
+)
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -31,6 +38,11 @@ class ServePrimary:
         status: PrimaryStatus = await self._call(self._handle.status)
         return status
 
+    async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
+        """See interfaces.Directable."""
+        costs: DraftingCosts | None = await self._call(self._handle.direct, lengths)
+        return costs
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Streams the sequence; closing the generator cancels the call, which aborts the request over there."""
         steps = self._streaming.generate.remote(request, replica_id=self._replica_id)
@@ -46,9 +58,9 @@ class ServePrimary:
             if not is_finished:
                 steps.cancel()
 
-    async def _call(self, method: Any) -> Any:
+    async def _call(self, method: Any, *arguments: Any) -> Any:
         try:
-            return await method.remote(replica_id=self._replica_id)
+            return await method.remote(*arguments, replica_id=self._replica_id)
         except Exception as error:
             raise _translated(error) from error
 

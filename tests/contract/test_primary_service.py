@@ -15,7 +15,7 @@ from tandem_serve.errors import InvalidRequest, ModelMismatch, Overloaded, Tande
 from tandem_serve.interfaces import Primary
 from tandem_serve.rpc.primary_client import GrpcPrimary
 from tandem_serve.rpc.primary_server import SERVICE, PrimaryServer
-from tandem_serve.types import GenerationRequest, PrimaryStatus, SamplingParams
+from tandem_serve.types import BlockLengths, CostPoint, DraftingCosts, GenerationRequest, PrimaryStatus, SamplingParams
 from tests.unit.scripted_primary import INFO, ScriptedPrimary
 
 REQUEST = GenerationRequest("r", (1, 2, 3), SamplingParams(seed=5), max_tokens=8, num_logprobs=2)
@@ -52,6 +52,34 @@ async def test_info_and_status_are_those_of_the_primary_itself() -> None:
     async with served(ScriptedPrimary()) as client:
         assert await client.info() == INFO
         assert await client.status() == PrimaryStatus(0, 0, 0.0, (("drafter:1", "ready"),))
+
+
+class Directed(ScriptedPrimary):
+    """Keeps what it is told, and answers with `costs`."""
+
+    costs: DraftingCosts | None = None
+    lengths: BlockLengths | None = None
+
+    async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
+        self.lengths = lengths
+        return self.costs
+
+
+async def test_block_lengths_arrive_and_costs_come_back() -> None:
+    primary = Directed()
+    async with served(primary) as client:
+        assert await client.direct(BlockLengths((4, 0), (64, 1000))) is None
+        assert primary.lengths == BlockLengths((4, 0), (64, 1000))
+        point = CostPoint(3.5, 0.25, 17.0)
+        primary.costs = DraftingCosts((point, point), (point,), (3.0, 2.0), (2.0, 0.5))
+        assert await client.direct(None) == primary.costs
+        assert primary.lengths is None
+        with pytest.raises(InvalidRequest, match="by_batch"):
+            await client.direct(BlockLengths((65,), (64,)))
+        with pytest.raises(InvalidRequest, match="probe_every"):
+            await client.direct(BlockLengths((4,), ()))
+    async with served(ScriptedPrimary()) as client:  # one that nobody directs
+        assert await client.direct(BlockLengths((4,), (64,))) is None
 
 
 @pytest.mark.parametrize(

@@ -122,3 +122,39 @@ class DrafterLinkStatus(_message.Message):
     address: str
     state: LinkState
     def __init__(self, address: _Optional[str] = ..., state: _Optional[_Union[LinkState, str]] = ...) -> None: ...
+
+class DirectDraftingRequest(_message.Message):
+    __slots__ = ("by_batch", "probe_every")
+    BY_BATCH_FIELD_NUMBER: _ClassVar[int]
+    PROBE_EVERY_FIELD_NUMBER: _ClassVar[int]
+    by_batch: _containers.RepeatedScalarFieldContainer[int]
+    probe_every: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, by_batch: _Optional[_Iterable[int]] = ..., probe_every: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DirectDraftingResponse(_message.Message):
+    __slots__ = ("costs",)
+    COSTS_FIELD_NUMBER: _ClassVar[int]
+    costs: DraftingCosts
+    def __init__(self, costs: _Optional[_Union[DraftingCosts, _Mapping]] = ...) -> None: ...
+
+class DraftingCosts(_message.Message):
+    __slots__ = ("verify", "draft", "tried", "right")
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    TRIED_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_FIELD_NUMBER: _ClassVar[int]
+    verify: _containers.RepeatedCompositeFieldContainer[CostPoint]
+    draft: _containers.RepeatedCompositeFieldContainer[CostPoint]
+    tried: _containers.RepeatedScalarFieldContainer[float]
+    right: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, verify: _Optional[_Iterable[_Union[CostPoint, _Mapping]]] = ..., draft: _Optional[_Iterable[_Union[CostPoint, _Mapping]]] = ..., tried: _Optional[_Iterable[float]] = ..., right: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class CostPoint(_message.Message):
+    __slots__ = ("size", "seconds", "weight")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    size: float
+    seconds: float
+    weight: float
+    def __init__(self, size: _Optional[float] = ..., seconds: _Optional[float] = ..., weight: _Optional[float] = ...) -> None: ...

@@ -45,6 +45,11 @@ class PrimaryServiceStub:
                 request_serializer=tandem_dot_v1_dot_control__pb2.GetPrimaryStatusRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_control__pb2.GetPrimaryStatusResponse.FromString,
                 _registered_method=True)
+        self.DirectDrafting = channel.unary_unary(
+                '/tandem.v1.PrimaryService/DirectDrafting',
+                request_serializer=tandem_dot_v1_dot_control__pb2.DirectDraftingRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_control__pb2.DirectDraftingResponse.FromString,
+                _registered_method=True)
 
 
 class PrimaryServiceServicer:
@@ -66,6 +71,13 @@ class PrimaryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DirectDrafting(self, request, context):
+        """How long blocks are to be, for what the primary has measured: once a second, from each router.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrimaryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +90,11 @@ def add_PrimaryServiceServicer_to_server(servicer, server):
                     servicer.GetPrimaryStatus,
                     request_deserializer=tandem_dot_v1_dot_control__pb2.GetPrimaryStatusRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_control__pb2.GetPrimaryStatusResponse.SerializeToString,
+            ),
+            'DirectDrafting': grpc.unary_unary_rpc_method_handler(
+                    servicer.DirectDrafting,
+                    request_deserializer=tandem_dot_v1_dot_control__pb2.DirectDraftingRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_control__pb2.DirectDraftingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +152,33 @@ class PrimaryService:
             '/tandem.v1.PrimaryService/GetPrimaryStatus',
             tandem_dot_v1_dot_control__pb2.GetPrimaryStatusRequest.SerializeToString,
             tandem_dot_v1_dot_control__pb2.GetPrimaryStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DirectDrafting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.PrimaryService/DirectDrafting',
+            tandem_dot_v1_dot_control__pb2.DirectDraftingRequest.SerializeToString,
+            tandem_dot_v1_dot_control__pb2.DirectDraftingResponse.FromString,
             options,
             channel_credentials,
             insecure,

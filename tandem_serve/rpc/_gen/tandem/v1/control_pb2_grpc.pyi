@@ -39,6 +39,8 @@ class PrimaryServiceStub:
     """
     GetPrimaryStatus: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetPrimaryStatusRequest, _control_pb2.GetPrimaryStatusResponse]
     """What is served, and how busy it is."""
+    DirectDrafting: _grpc.UnaryUnaryMultiCallable[_control_pb2.DirectDraftingRequest, _control_pb2.DirectDraftingResponse]
+    """How long blocks are to be, for what the primary has measured: once a second, from each router."""
 
 @_typing.type_check_only
 class PrimaryServiceAsyncStub(PrimaryServiceStub):
@@ -51,6 +53,8 @@ class PrimaryServiceAsyncStub(PrimaryServiceStub):
     """
     GetPrimaryStatus: _aio.UnaryUnaryMultiCallable[_control_pb2.GetPrimaryStatusRequest, _control_pb2.GetPrimaryStatusResponse]  # type: ignore[assignment]
     """What is served, and how busy it is."""
+    DirectDrafting: _aio.UnaryUnaryMultiCallable[_control_pb2.DirectDraftingRequest, _control_pb2.DirectDraftingResponse]  # type: ignore[assignment]
+    """How long blocks are to be, for what the primary has measured: once a second, from each router."""
 
 class PrimaryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by primaries that run as plain processes."""
@@ -72,5 +76,13 @@ class PrimaryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.GetPrimaryStatusResponse, _abc.Awaitable[_control_pb2.GetPrimaryStatusResponse]]:
         """What is served, and how busy it is."""
+
+    @_abc_1.abstractmethod
+    def DirectDrafting(
+        self,
+        request: _control_pb2.DirectDraftingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.DirectDraftingResponse, _abc.Awaitable[_control_pb2.DirectDraftingResponse]]:
+        """How long blocks are to be, for what the primary has measured: once a second, from each router."""
 
 def add_PrimaryServiceServicer_to_server(servicer: PrimaryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

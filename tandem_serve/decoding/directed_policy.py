@@ -1,0 +1,71 @@
+"""The BlockPolicy of an engine whose router decides: what requests leave open is as long as the router says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tandem_serve.decoding.block_costs import NUM_PROBES, PROBE_LENGTH, CostRecorder
+from tandem_serve.decoding.block_policy import BlockPlan
+from tandem_serve.decoding.requested_policy import RequestedPolicy
+from tandem_serve.types import BlockLengths, DraftingCosts, GenerationRequest, PolicyName
+
+
+@dataclass(slots=True)
+class DirectedPolicy:
+    """Implements LearningPolicy. Goes by `requested` until it is directed, and for requests that choose for themselves.
+
+    What is not done is not measured: so now and then all sequences do the other thing, in the same round, for beside
+    sequences that rest drafts are only waited for.
+    """
+
+    requested: RequestedPolicy
+    lengths: BlockLengths | None = None  # may be changed at any time, from any thread
+    recorder: CostRecorder = field(default_factory=CostRecorder)
+    _round: int = 0  # of all sequences together
+    _num_left: int = 0  # plans until the next one
+
+    def set_default(self, default: int) -> None:
+        """See RequestedPolicy."""
+        self.requested.set_default(default)
+
+    def costs(self) -> DraftingCosts:
+        """What the router decides by. Any thread."""
+        return self.recorder.costs()
+
+    def plan(self, request: GenerationRequest, num_requests_running: int) -> BlockPlan:
+        """See BlockPolicy."""
+        lengths = self.lengths
+        policy = request.policy or self.requested.policy
+        if lengths is None or request.block_length is not None or policy is PolicyName.OPTIMAL:
+            return self.requested.plan(request, num_requests_running)  # the last sees by itself whether drafts pay
+        length, turn = lengths.at(num_requests_running)
+        self._count(num_requests_running)
+        if turn and self._round % turn < NUM_PROBES:
+            length = 0 if length else PROBE_LENGTH
+        if length and policy is not PolicyName.FIXED:
+            return self.requested.plan(request, num_requests_running)  # its stopping rule says how long
+        return BlockPlan(min(length, self.requested.maximum))
+
+    def _count(self, num_requests_running: int) -> None:
+        """One more plan: a round has as many as sequences ran when it began."""
+        if self._num_left <= 0:
+            self._round, self._num_left = self._round + 1, num_requests_running
+        self._num_left -= 1
+
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        """See LearningPolicy."""
+        self.recorder.observe_step(num_tokens, seconds)
+        self.requested.observe_step(num_tokens, seconds)
+
+    def observe_round(
+        self,
+        request: GenerationRequest,
+        num_drafts: int,
+        num_accepted: int,
+        num_draft_steps: int,
+        draft_s: float,
+        round_s: float,
+    ) -> None:
+        """See LearningPolicy."""
+        self.recorder.observe_round(num_drafts, num_accepted, num_draft_steps, draft_s)
+        self.requested.observe_round(request, num_drafts, num_accepted, num_draft_steps, draft_s, round_s)

@@ -1,0 +1,111 @@
+"""The router's say in block lengths, over primaries that only measure."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tandem_serve.config import PrimaryEngineConfig, SpeculationConfig
+from tandem_serve.decoding.directed_policy import DirectedPolicy
+from tandem_serve.decoding.requested_policy import RequestedPolicy
+from tandem_serve.errors import Unavailable
+from tandem_serve.serving.block_lengths import BlockLengthControl
+from tandem_serve.serving.completion import TextCompletion
+from tandem_serve.types import BlockLengths, DraftingCosts, GenerationRequest, PolicyName, SamplingParams, TextRequest
+from tests.checkpoints import make_tokenizer
+from tests.unit.scripted_primary import ScriptedPrimary
+
+REQUEST = GenerationRequest("r", (1,), SamplingParams(), 8)
+
+
+class Measuring(ScriptedPrimary):
+    """A primary whose drafts take draft_s and are all right."""
+
+    def __init__(self, draft_s: float, error: Exception | None = None) -> None:
+        super().__init__()
+        self.policy = DirectedPolicy(RequestedPolicy(PrimaryEngineConfig().block_length))
+        self.error_when_directed = error
+        self.measure(draft_s)
+
+    def measure(self, draft_s: float) -> None:
+        for _ in range(300):
+            self.policy.observe_step(1, 0.01)
+            self.policy.observe_step(5, 0.01)
+            self.policy.observe_round(REQUEST, 4, 4, 4, draft_s, draft_s + 0.01)
+
+    async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
+        if self.error_when_directed is not None:
+            raise self.error_when_directed
+        self.policy.lengths = lengths
+        return self.policy.costs()
+
+
+async def lengths_after(control: BlockLengthControl, primary: Measuring) -> int | None:
+    """Drafts a round that one sequence gets."""
+    await control.decide()  # hears
+    await control.decide()  # tells
+    return primary.policy.lengths.at(1)[0] if primary.policy.lengths is not None else None
+
+
+async def test_the_router_follows_what_drafts_cost_down_to_none_and_back() -> None:
+    primary = Measuring(draft_s=0.001)
+    control = BlockLengthControl(lambda: [primary], SpeculationConfig)
+    assert await lengths_after(control, primary) == 8  # it is hopeful about what it has not seen
+    primary.measure(draft_s=1.0)
+    assert await lengths_after(control, primary) == 0
+    primary.measure(draft_s=0.001)
+    assert (await lengths_after(control, primary) or 0) >= 4
+
+
+async def test_all_primaries_get_what_is_decided_and_those_that_fail_or_decide_themselves_are_left_out() -> None:
+    broken = Measuring(draft_s=9.0, error=Unavailable("gone"))
+    first, second = Measuring(draft_s=0.001), Measuring(draft_s=0.001)
+    control = BlockLengthControl(lambda: [broken, first, ScriptedPrimary(), second], SpeculationConfig)
+    await lengths_after(control, first)
+    assert first.policy.lengths == second.policy.lengths is not None
+    assert broken.policy.lengths is None
+
+
+async def test_a_router_that_is_told_not_to_adapt_lets_the_primaries_go() -> None:
+    primary = Measuring(draft_s=0.001)
+    config = SpeculationConfig()
+    control = BlockLengthControl(lambda: [primary], lambda: config)
+    assert await lengths_after(control, primary) is not None
+    config = SpeculationConfig(adapts=False)
+    assert await lengths_after(control, primary) is None
+    assert primary.policy.plan(REQUEST, 1).block_length == PrimaryEngineConfig().block_length
+
+
+async def test_an_error_costs_one_round() -> None:
+    primary = Measuring(draft_s=0.001)
+    calls = 0
+
+    def primaries() -> list[Measuring]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ValueError("a bug")
+        return [primary]
+
+    control = BlockLengthControl(primaries, SpeculationConfig)
+    running = asyncio.create_task(control.run())
+    async with asyncio.timeout(20):
+        while control.lengths is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    running.cancel()
+
+
+async def test_requests_that_name_no_policy_get_the_routers() -> None:
+    primary = ScriptedPrimary(range(20))
+    config = SpeculationConfig(policy=PolicyName.ENTROPY, threshold=0.4)
+    service = TextCompletion(
+        primary,
+        make_tokenizer(),
+        model_name="demo",
+        eos_token_ids=(),
+        limits=lambda: None,  # type: ignore[arg-type, return-value]
+        speculation=lambda: config,
+    )
+    ours = service._with_policy(TextRequest("r", "demo", "def"))
+    assert (ours.policy, ours.threshold) == (PolicyName.ENTROPY, 0.4)
+    theirs = TextRequest("r", "demo", "def", policy=PolicyName.FIXED)
+    assert service._with_policy(theirs) is theirs
