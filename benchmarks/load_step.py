@@ -3,6 +3,11 @@
     tandem-serve up deployments/autoscale.yaml
     python benchmarks/load_step.py --json runs/load-step.json --plot runs/load-step.png --trace runs/load-step.jsonl
 
+Two loads that only one pool grows for:
+
+    python benchmarks/load_step.py --streams 16 --speculation '{"block_length": 0}'
+    python benchmarks/load_step.py --streams 3 --speculation '{"block_length": 32, "policy": "entropy", "threshold": 0}'
+
 The trace is what was asked when: `tandem-serve simulate deployments/autoscale.yaml --trace ...` plays it on paper.
 """
 
@@ -24,13 +29,14 @@ from tandem_serve.serving.planning import plot
 class LoadStep:
     """Streams at a cluster and looks at its pools."""
 
-    def __init__(self, url: str, max_tokens: int) -> None:
-        self._url, self._max_tokens = url, max_tokens
+    def __init__(self, url: str, max_tokens: int, speculation: dict[str, Any]) -> None:
+        self._url, self._max_tokens, self._speculation = url, max_tokens, speculation
         self._started = time.monotonic()
         self.arrivals: list[dict[str, float]] = []
         self.series: list[dict[str, float]] = []
         self.completed = 0
         self.refused = 0
+        self.phases: list[dict[str, float]] = []  # how each ended
 
     async def run(self, phases: list[tuple[int, float]]) -> None:
         """Phases of so many streams for so many seconds."""
@@ -38,6 +44,7 @@ class LoadStep:
         for num_streams, seconds in phases:
             until = time.monotonic() + seconds
             await asyncio.gather(*(self._stream(number, until) for number in range(num_streams)))
+            self.phases.append({"streams": num_streams, **self.series[-1]})
         watching.cancel()
 
     async def _stream(self, number: int, until: float) -> None:
@@ -51,7 +58,7 @@ class LoadStep:
                         max_tokens=self._max_tokens,
                         stream=True,
                         stream_options={"include_usage": True},
-                        extra_body={"ignore_eos": True},
+                        extra_body={"ignore_eos": True, "speculation": self._speculation},
                     )
                     usage = [chunk.usage async for chunk in stream][-1]
                 except openai.RateLimitError as error:
@@ -64,7 +71,10 @@ class LoadStep:
     async def _watch(self) -> None:
         async with httpx.AsyncClient(timeout=10) as client:
             while True:
-                status: dict[str, Any] = (await client.get(f"{self._url}/status")).json()
+                try:
+                    status: dict[str, Any] = (await client.get(f"{self._url}/status")).json()
+                except httpx.HTTPError:  # too busy just now
+                    continue
                 primaries = [each["status"] for each in status["primaries"] if each["status"]]
                 self.series.append(
                     {
@@ -84,12 +94,13 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the three phases")
     parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--speculation", type=json.loads, default={}, help="as in a request's body")
     for name in ("json", "plot", "trace"):
         parser.add_argument(f"--{name}", type=Path)
     options = parser.parse_args()
-    step = LoadStep(options.url, options.max_tokens)
+    step = LoadStep(options.url, options.max_tokens, options.speculation)
     asyncio.run(step.run([(streams, options.seconds) for streams in (1, options.streams, 1)]))
-    report = {"completed": step.completed, "refused": step.refused, "series": step.series}
+    report = {"completed": step.completed, "refused": step.refused, "phases": step.phases, "series": step.series}
     if options.json is not None:
         options.json.write_text(json.dumps(report) + "\n")
     if options.trace is not None:
@@ -97,8 +108,8 @@ def main() -> None:
     if options.plot is not None:
         plot(report, options.plot)
     for plural in ("primaries", "drafters"):
-        sizes = [point[plural] for point in step.series]
-        print(f"{plural}: {sizes[0]:.0f} at the start, {max(sizes):.0f} at most, {sizes[-1]:.0f} at the end")
+        ends = ", ".join(f"{phase[plural]:.0f} with {phase['streams']:.0f}" for phase in step.phases)
+        print(f"{plural}: {step.series[0][plural]:.0f} at the start; {ends}")
     print(f"completed {step.completed}, refused {step.refused}")
 
 
