@@ -72,6 +72,7 @@ class SamplingRows:
     """
 
     num_rows: int
+    is_sampled: tuple[bool, ...]  # by row
     row_numbers: Tensor  # [S] int64, ascending: which rows are sampled
     temperature: Tensor  # [S, 1] float64, above 0
     top_p: Tensor  # [S, 1] float64; 1 keeps all
@@ -111,6 +112,7 @@ class SamplingRows:
                 filters.add("top_p")
         return cls(
             num_rows=len(rows),
+            is_sampled=tuple(params.temperature > 0 for params, _ in rows),
             row_numbers=integers[:, 0],
             temperature=reals[:, 0:1],
             top_p=reals[:, 1:2],
@@ -132,6 +134,7 @@ class Choice:
     """The chosen tokens and, for whoever asks, how clear each choice was."""
 
     token_ids: Tensor  # [N] int64
+    is_sampled: tuple[bool, ...]  # N; the others are greedy
     _margins: Callable[[], Tensor]
     _scores: Callable[[], Tensor]
 
@@ -163,20 +166,21 @@ def choose_token_ids(
         raise ValueError(f"{rows.num_rows} sampling rows for {logits.shape[0]} rows of logits")
     num_sampled = rows.row_numbers.shape[0]
     if num_sampled == 0:
-        return _choose(logits)
+        return _choose(logits, rows.is_sampled)
     if num_sampled == rows.num_rows:
         return _sample(logits, rows)
-    greedy, sampled = _choose(logits), _sample(logits[rows.row_numbers], rows)
+    greedy, sampled = _choose(logits, rows.is_sampled), _sample(logits[rows.row_numbers], rows)
     return Choice(
         greedy.token_ids.index_copy(0, rows.row_numbers, sampled.token_ids),
+        rows.is_sampled,
         lambda: greedy.margins.index_copy(0, rows.row_numbers, sampled.margins),
         lambda: logits.double().index_copy(0, rows.row_numbers, sampled.scores),
     )
 
 
-def _choose(scores: Tensor) -> Choice:
+def _choose(scores: Tensor, is_sampled: tuple[bool, ...]) -> Choice:
     """The best id of each row [N, V]; the lowest id wins a tie (torch.argmax promises it)."""
-    return Choice(scores.argmax(dim=-1), lambda: _lead(scores), lambda: scores)
+    return Choice(scores.argmax(dim=-1), is_sampled, lambda: _lead(scores), lambda: scores)
 
 
 def _lead(scores: Tensor) -> Tensor:
@@ -190,7 +194,7 @@ def _lead(scores: Tensor) -> Tensor:
 def _sample(logits: Tensor, rows: SamplingRows) -> Choice:
     """argmax(filtered(logits) / T + noise), all rows [S, V] sampled."""
     noise = gumbel_noise(rows.seeds, rows.positions, logits.shape[-1])
-    choice = _choose(filtered_scores(logits, rows).add_(noise))
+    choice = _choose(filtered_scores(logits, rows).add_(noise), (True,) * logits.shape[0])
 
     def margins() -> Tensor:
         lead = choice.margins * rows.temperature[:, 0]
@@ -198,7 +202,7 @@ def _sample(logits: Tensor, rows: SamplingRows) -> Choice:
             return lead
         return torch.where(_is_clear_of_edges(_scores(logits, rows), noise, rows, choice.token_ids), lead, 0.0)
 
-    return Choice(choice.token_ids, margins, lambda: choice.scores)
+    return Choice(choice.token_ids, choice.is_sampled, margins, lambda: choice.scores)
 
 
 def filtered_scores(

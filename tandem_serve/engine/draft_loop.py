@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
-from tandem_serve.decoding.stopping_rules import UNTRAINED, Scorer, StoppingRows
+from tandem_serve.decoding.stopping_rules import UNTRAINED, Scorer, Stopping
 from tandem_serve.engine.attention import RaggedAttention, Span
 from tandem_serve.engine.forward import Rows, forward
 from tandem_serve.engine.kv_cache import KvBuffer
@@ -44,8 +44,7 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob], scorer: Scorer = UNTRAIN
     logits = forward(decoder, [Rows(job.kv, job.start, job.token_ids, 1) for job in jobs]).logits
     positions = torch.tensor([job.first_position - 1 for job in jobs], device=device)
     rows = _sampling_rows(jobs, 0, device)
-    stopping = StoppingRows.of([job.stopping for job in jobs], scorer.thresholds, device)
-    survival = torch.ones(len(jobs), device=device)
+    stopping = Stopping([job.stopping for job in jobs], scorer.thresholds)
     columns: list[tuple[list[int], Tensor]] = []  # of each step: lanes and drafts
     dropped: set[int] = set()  # lanes whose last draft is not worth verifying
     for step in range(1, max(job.block_length for job in jobs) + 1):
@@ -53,12 +52,11 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob], scorer: Scorer = UNTRAIN
         chosen = choice.token_ids
         columns.append((lanes, chosen))
         going = [jobs[lane].block_length > step for lane in lanes]
-        if stopping is not None and any(going):
-            survival = stopping.survival(survival, scorer, logits, choice)
-            goes_on = stopping.goes_on(survival).tolist()
-            if not all(goes_on):
-                is_kept = stopping.is_kept(survival).tolist()
-                dropped |= {lane for lane, *good in zip(lanes, goes_on, is_kept, strict=True) if not any(good)}
+        if stopping and any(going):
+            goes_on = stopping.judge(lanes, scorer, logits, choice)
+            dropped |= {
+                lane for lane, good in zip(lanes, goes_on, strict=True) if not good and not stopping.is_kept(lane)
+            }
             going = [a and b for a, b in zip(going, goes_on, strict=True)]
         if not any(going):
             break
@@ -67,8 +65,7 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob], scorer: Scorer = UNTRAIN
         else:
             staying = torch.tensor([place for place, goes in enumerate(going) if goes], device=device)
             lanes = [lane for lane, goes in zip(lanes, going, strict=True) if goes]
-            chosen, positions, survival = chosen[staying], positions[staying], survival[staying]
-            stopping = None if stopping is None else stopping.select(staying)
+            chosen, positions = chosen[staying], positions[staying]
             rows = _sampling_rows([jobs[lane] for lane in lanes], step, device)
         spans = [Span(jobs[lane].kv, jobs[lane].first_position + step - 1, 1) for lane in lanes]
         attend = RaggedAttention(decoder.config, spans, decoder.dtype)

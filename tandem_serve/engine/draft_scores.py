@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tandem_serve.decoding.sampling import Choice
-from tandem_serve.decoding.stopping_rules import DEFAULT_THRESHOLDS, entropy_score, own_logprobs
+from tandem_serve.decoding.stopping_rules import DEFAULT_THRESHOLDS, entropy_score, own_probs
 from tandem_serve.models.acceptance import AcceptanceModel, draft_features
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.types import PolicyName
@@ -26,15 +26,20 @@ class AcceptanceScorer:
     def __init__(self, model: AcceptanceModel, decoder: Decoder) -> None:
         self._model = model.to(decoder.device)
         self._embedding = decoder.embedding
-        grid = (torch.arange(_GRID, device=decoder.device) + 0.5) / _GRID
-        self._quick = model.quick(grid.log()).sigmoid()
+        logprobs = ((torch.arange(_GRID, device=decoder.device) + 0.5) / _GRID).log()
+        is_sampled = torch.tensor([[False], [True]], device=decoder.device).expand(-1, _GRID)
+        self._quick: list[list[float]] = model.quick(logprobs.expand(2, -1), is_sampled).sigmoid().tolist()
         self.thresholds: Mapping[PolicyName, float] = {**DEFAULT_THRESHOLDS, **model.thresholds}
 
-    def __call__(self, policy: PolicyName, logits: Tensor, drafts: Choice) -> Tensor:
+    def __call__(self, policy: PolicyName, logits: Tensor, drafts: Choice) -> list[float]:
         """See Scorer."""
         if policy is PolicyName.ENTROPY:
-            return entropy_score(logits)
+            scores: list[float] = entropy_score(logits).tolist()
+            return scores
         if policy is PolicyName.ROUTER:
-            features = draft_features(logits, own_logprobs(drafts), self._model.config.top_k)
-            return self._model.mlp(features, self._embedding).sigmoid()
-        return self._quick[(own_logprobs(drafts).exp() * (_GRID - 1)).long()]
+            is_sampled = torch.tensor(drafts.is_sampled, device=logits.device)
+            features = draft_features(logits, own_probs(drafts).log(), is_sampled, self._model.config.top_k)
+            scores = self._model.mlp(features, self._embedding).sigmoid().tolist()
+            return scores
+        probs = own_probs(drafts).tolist()
+        return [self._quick[sampled][int(p * (_GRID - 1))] for p, sampled in zip(probs, drafts.is_sampled, strict=True)]

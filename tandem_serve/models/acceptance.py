@@ -22,7 +22,7 @@ from tandem_serve.errors import CheckpointError
 from tandem_serve.types import PolicyName
 
 ROUTER_FILE = "router.safetensors"
-FORMAT = "tandem-router-1"
+FORMAT = "tandem-router-2"
 EMBEDDING_DROPOUT = 0.95
 MAX_TOP_K, MAX_HIDDEN_SIZE = 64, 4096
 
@@ -32,15 +32,16 @@ class DraftFeatures(NamedTuple):
 
     entropy: Tensor  # [...] of MS's softmax, nats
     draft_logprob: Tensor  # [...] of the draft, under the softmax of the scores that chose it
+    is_sampled: Tensor  # [...] bool; else greedy
     top_probs: Tensor  # [..., k]
     top_ids: Tensor  # [..., k] int64
 
 
-def draft_features(logits: Tensor, draft_logprobs: Tensor, top_k: int) -> DraftFeatures:
-    """Of drafts with draft_logprobs [B], chosen by logits [B, V]."""
+def draft_features(logits: Tensor, draft_logprobs: Tensor, is_sampled: Tensor, top_k: int) -> DraftFeatures:
+    """Of drafts with draft_logprobs and is_sampled [B], chosen by logits [B, V]."""
     probs = logits.softmax(-1)
     top = probs.topk(top_k, -1)
-    return DraftFeatures(torch.special.entr(probs).sum(-1), draft_logprobs, top.values, top.indices)
+    return DraftFeatures(torch.special.entr(probs).sum(-1), draft_logprobs, is_sampled, top.values, top.indices)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class AcceptanceConfig:
 
     @property
     def num_inputs(self) -> int:
-        return 2 + self.top_k * (1 + self.drafter_hidden_size)
+        return 3 + self.top_k * (1 + self.drafter_hidden_size)
 
 
 class AcceptanceModel(nn.Module):
@@ -67,8 +68,9 @@ class AcceptanceModel(nn.Module):
         self.config = config
         self.input = nn.Linear(config.num_inputs, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, 1)
-        nn.init.zeros_(self.input.weight.detach()[:, 2 + config.top_k :])  # what the embeddings say is to be learnt
-        self.quick_weights = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))  # at first: MS's own odds
+        nn.init.zeros_(self.input.weight.detach()[:, 3 + config.top_k :])  # what the embeddings say is to be learnt
+        # Greedy, sampled; at first MS's own odds.
+        self.quick_weights = nn.Parameter(torch.tensor([[1.0, -1.0, 0.0]] * 2))
         self.thresholds: dict[PolicyName, float] = {}
 
     def mlp(self, features: DraftFeatures, embedding: Tensor) -> Tensor:
@@ -79,14 +81,15 @@ class AcceptanceModel(nn.Module):
         embedded = F.rms_norm(F.embedding(features.top_ids, embedding).float(), embedding.shape[-1:]).flatten(-2)
         embedded = F.dropout(embedded, EMBEDDING_DROPOUT, self.training)  # or it learns texts by heart
         logprobs = features.top_probs.clamp(min=1e-6).log()
-        own = torch.stack((features.entropy, features.draft_logprob.clamp(min=-20)), -1)
+        own = torch.stack((features.entropy, features.draft_logprob.clamp(min=-20), features.is_sampled.float()), -1)
         x = torch.cat((own, logprobs, embedded), -1)
         hidden: Tensor = self.output(F.relu(self.input(x)))
         return hidden.squeeze(-1)
 
-    def quick(self, draft_logprob: Tensor) -> Tensor:
-        """From the draft's own log-probability [...] alone: linear in log p and log(1 - p)."""
-        weights = self.quick_weights.unbind()
+    def quick(self, draft_logprob: Tensor, is_sampled: Tensor) -> Tensor:
+        """From a draft's own log-probability [...] alone: linear in log p and log(1 - p); greedy and sampled apart."""
+        weights = self.quick_weights[is_sampled.long()].unbind(-1)
+        draft_logprob = draft_logprob.clamp(min=-20)
         rest = torch.log1p(-draft_logprob.clamp(max=-1e-4).exp())
         return weights[0] * draft_logprob + weights[1] * rest + weights[2]
 

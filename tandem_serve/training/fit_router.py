@@ -116,7 +116,7 @@ def train_acceptance(examples: RouterExamples, embedding: Tensor, config: Router
         batch = torch.randint(len(right), (min(config.batch_size, len(right)),))
         some = type(features)(*(part[batch] for part in features))
         loss = F.binary_cross_entropy_with_logits(model.mlp(some, embedding), labels[batch])
-        loss = loss + F.binary_cross_entropy_with_logits(model.quick(some.draft_logprob), right[batch])
+        loss = loss + F.binary_cross_entropy_with_logits(model.quick(some.draft_logprob, some.is_sampled), right[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,7 +137,7 @@ def measure_acceptance(
     scores = {
         PolicyName.ENTROPY: (1 - (ENTROPY_SCALE * examples.features.entropy).sqrt()).clamp(0, 1),
         PolicyName.ROUTER: model.mlp(examples.features, embedding).sigmoid(),
-        PolicyName.OPTIMAL: model.quick(examples.features.draft_logprob).sigmoid(),
+        PolicyName.OPTIMAL: model.quick(examples.features.draft_logprob, examples.features.is_sampled).sigmoid(),
     }
     reached, is_right = _reached(examples), examples.is_right
     length, fixed = best_fixed(is_right, costs)

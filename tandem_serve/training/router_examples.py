@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tandem_serve.config import PrimaryEngineConfig
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
-from tandem_serve.decoding.stopping_rules import own_logprobs
+from tandem_serve.decoding.stopping_rules import own_probs
 from tandem_serve.engine.torch_primary import TorchPrimary
 from tandem_serve.errors import TandemError
 from tandem_serve.models.acceptance import DraftFeatures, draft_features
@@ -104,16 +104,16 @@ def _of_text(
     ml = primary.logits(hidden[0]).float().softmax(-1)
     representations = torch.stack(states, -2) if states else hidden.unsqueeze(-2)
     rows = SamplingRows.from_params([(sampling, p + 1) for p in range(num_tokens - 1)])
+    is_sampled = torch.tensor(rows.is_sampled)
     passes = []
     for shift in range(block_length):
         blocks = ((positions - shift) // block_length + 1).unsqueeze(0)
         logits = drafter_logits(drafter, text, representations, blocks)[0, :-1].float()
         drafts = choose_token_ids(logits, rows)
         variation = (logits.softmax(-1) - ml[:-1]).abs().sum(-1) / 2
-        passes.append(
-            (*draft_features(logits, own_logprobs(drafts), top_k), drafts.token_ids == text[0, 1:], variation)
-        )
+        features = draft_features(logits, own_probs(drafts).log(), is_sampled, top_k)
+        passes.append((*features, drafts.token_ids == text[0, 1:], variation))
     openings = torch.arange(prompt_length, num_tokens - block_length)[:, None]
     which, where = openings % block_length, openings + torch.arange(block_length)  # [O, 1], [O, G]
-    *features, is_right, variation = (torch.stack(column)[which, where] for column in zip(*passes, strict=True))
-    return RouterExamples(DraftFeatures(*features), is_right, variation)
+    *columns, is_right, variation = (torch.stack(column)[which, where] for column in zip(*passes, strict=True))
+    return RouterExamples(DraftFeatures(*columns), is_right, variation)

@@ -14,9 +14,9 @@ from tandem_serve.decoding.sampling import Choice, SamplingRows, choose_token_id
 from tandem_serve.decoding.stopping_rules import (
     DEFAULT_THRESHOLDS,
     UNTRAINED,
-    StoppingRows,
+    Stopping,
     entropy_score,
-    own_logprobs,
+    own_probs,
 )
 from tandem_serve.training.calibration import area_under_curve
 from tandem_serve.types import PolicyName, SamplingParams, StoppingRule
@@ -32,9 +32,11 @@ def test_entropy_score() -> None:
 
 def test_without_a_model_optimal_stopping_goes_by_the_draft_s_own_probability() -> None:
     logits = torch.tensor([[0.512, 0.488], [0.729, 0.271]]).log()
-    scores = UNTRAINED(PolicyName.OPTIMAL, logits, greedy(logits))
-    assert scores.tolist() == pytest.approx([0.8, 0.9])
-    assert torch.equal(UNTRAINED(PolicyName.ROUTER, logits, greedy(logits)), entropy_score(logits))
+    assert UNTRAINED(PolicyName.OPTIMAL, logits, greedy(logits)) == pytest.approx([0.8, 0.9])
+    assert UNTRAINED(PolicyName.ROUTER, logits, greedy(logits)) == entropy_score(logits).tolist()
+    rows = SamplingRows.from_params([(SamplingParams(temperature=1.0, seed=3), position) for position in range(2)])
+    sampled = choose_token_ids(logits, rows)
+    assert UNTRAINED(PolicyName.OPTIMAL, logits, sampled) == own_probs(sampled).tolist()
 
 
 def test_a_sampled_draft_is_as_clear_as_its_lead_over_the_next_noise_included() -> None:
@@ -45,7 +47,7 @@ def test_a_sampled_draft_is_as_clear_as_its_lead_over_the_next_noise_included() 
     disturbed = logits + 0.3 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     stays = choose_token_ids(disturbed, rows).token_ids == choice.token_ids
     probs = logits.softmax(-1).gather(-1, choice.token_ids[:, None])[:, 0]
-    by_lead, by_probability = (area_under_curve(score, stays) for score in (own_logprobs(choice), probs))
+    by_lead, by_probability = (area_under_curve(score, stays) for score in (own_probs(choice), probs))
     assert by_lead is not None and by_probability is not None and by_lead > by_probability + 0.1
 
 
@@ -65,43 +67,60 @@ def greedy(logits: Tensor) -> Choice:
     seed=st.integers(0, 99),
 )
 def test_each_block_is_judged_by_its_own_rule_whatever_the_batch(rules: list[StoppingRule | None], seed: int) -> None:
-    random = torch.Generator().manual_seed(seed)
-    survival, logits = torch.rand(len(rules), generator=random), torch.randn(len(rules), 9, generator=random) * 3
-    together = StoppingRows.of(rules, DEFAULT_THRESHOLDS, torch.device("cpu"))
-    if together is None:
-        assert not any(rules)
-        return
-    found = together.survival(survival, scores_by_policy, logits, greedy(logits))
-    goes_on, is_kept = together.goes_on(found), together.is_kept(found)
+    logits = torch.randn(len(rules), 9, generator=torch.Generator().manual_seed(seed)) * 3
+    together = Stopping(rules, DEFAULT_THRESHOLDS)
+    assert bool(together) == any(rule is not None for rule in rules)
+    goes_on = together.judge(range(len(rules)), scores_by_policy, logits, greedy(logits))
+    costs = [r for r in rules if r is not None and r.policy is PolicyName.OPTIMAL and r.keep_threshold > 0]
     for row, rule in enumerate(rules):
         if rule is None:
-            assert goes_on[row]
+            assert goes_on[row] and together.is_kept(row)
             continue
-        rows = slice(row, row + 1)
-        score = float(scores_by_policy(rule.policy, logits[rows], greedy(logits[rows])))
-        expected = torch.tensor(score * float(survival[row]) if rule.policy is PolicyName.OPTIMAL else score)
-        assert float(found[row]) == pytest.approx(float(expected), abs=1e-6)
-        decides_alone = together.step_cost is None or not together.shares[row]
-        if decides_alone and rule.threshold is not None and abs(rule.threshold - expected) > 1e-5:
-            assert bool(goes_on[row]) == (float(expected) >= rule.threshold)
-        if abs(rule.keep_threshold - expected) > 1e-5:
-            assert bool(is_kept[row]) == (float(expected) >= rule.keep_threshold)
-        alone = together.select(torch.tensor([row]))
-        score_alone = alone.survival(survival[rows], scores_by_policy, logits[rows], greedy(logits[rows]))
-        if decides_alone:
-            assert bool(alone.goes_on(score_alone)) == bool(goes_on[row])
+        own = logits[row : row + 1]
+        (score,) = scores_by_policy(rule.policy, own, greedy(own))
+        threshold = DEFAULT_THRESHOLDS[rule.policy] if rule.threshold is None else rule.threshold
+        if not (rule in costs and len(costs) > 1):
+            assert goes_on[row] == (score >= threshold)
+        assert together.is_kept(row) == (score >= rule.keep_threshold)
+
+
+def test_optimal_stopping_goes_by_the_chance_that_all_drafts_so_far_are_right() -> None:
+    rules = [StoppingRule(PolicyName.OPTIMAL, threshold=0.5), StoppingRule(PolicyName.ROUTER, threshold=0.5)]
+    stopping = Stopping(rules, DEFAULT_THRESHOLDS)
+    logits = torch.zeros(2, 3)
+    assert [stopping.judge((0, 1), Scores(0.8), logits, greedy(logits)) for _ in range(4)] == [
+        [True, True],
+        [True, True],
+        [True, True],
+        [False, True],  # 0.8 ** 4
+    ]
 
 
 def test_blocks_under_optimal_stopping_go_on_while_together_they_pay_for_the_step() -> None:
     rule = StoppingRule(PolicyName.OPTIMAL, threshold=0.5, keep_threshold=0.1)
-    rows = StoppingRows.of([rule, None, rule, rule], DEFAULT_THRESHOLDS, torch.device("cpu"))
-    assert rows is not None
-    goes_on = rows.goes_on(torch.tensor([0.9, 0.0, 0.6, 0.05]))  # gains of 0.8 and 0.5 against three times 0.4
-    assert goes_on.tolist() == [True, True, True, False]
-    assert rows.goes_on(torch.tensor([0.9, 0.0, 0.4, 0.05])).tolist() == [False, True, False, False]
+    logits = torch.zeros(4, 3)
+
+    def judged(*scores: float) -> list[bool]:
+        stopping = Stopping([rule, None, rule, rule], DEFAULT_THRESHOLDS)
+        return stopping.judge(range(4), Scores(*scores), logits, greedy(logits))
+
+    assert judged(0.9, 0, 0.6, 0.05) == [True, True, True, False]  # gains of 0.8 and 0.5 against three times 0.4
+    assert judged(0.9, 0, 0.4, 0.05) == [False, True, False, False]
     # Those that have ended still wait: the step costs them time, too.
-    left = rows.select(torch.tensor([0, 1]))
-    assert left.goes_on(torch.tensor([0.99, 1.0])).tolist() == [False, True]
+    stopping = Stopping([rule, None, rule, rule], DEFAULT_THRESHOLDS)
+    assert stopping.judge((0, 1), Scores(0.99, 0), logits, greedy(logits)) == [False, True]
+
+
+class Scores:
+    """The same scores whatever is asked; the last one for all further blocks."""
+
+    thresholds = DEFAULT_THRESHOLDS
+
+    def __init__(self, *scores: float) -> None:
+        self._scores = scores
+
+    def __call__(self, policy: PolicyName, logits: Tensor, drafts: Choice) -> list[float]:
+        return [*self._scores, *self._scores[-1:] * len(logits)]
 
 
 class ByPolicy:
@@ -109,8 +128,10 @@ class ByPolicy:
 
     thresholds = DEFAULT_THRESHOLDS
 
-    def __call__(self, policy: PolicyName, logits: Tensor, drafts: Choice) -> Tensor:
-        return entropy_score(logits) * {"entropy": 1.0, "router": 0.5, "optimal": 0.8}[policy.value]
+    def __call__(self, policy: PolicyName, logits: Tensor, drafts: Choice) -> list[float]:
+        factor = {"entropy": 1.0, "router": 0.5, "optimal": 0.8}[policy.value]
+        scores: list[float] = (entropy_score(logits) * factor).tolist()
+        return scores
 
 
 scores_by_policy = ByPolicy()
