@@ -73,7 +73,8 @@ class LoadStep:
             while True:
                 try:
                     status: dict[str, Any] = (await client.get(f"{self._url}/status")).json()
-                except httpx.HTTPError:  # too busy just now
+                except (httpx.HTTPError, ValueError):  # too busy just now, or not the router that answers
+                    await asyncio.sleep(0.5)
                     continue
                 primaries = [each["status"] for each in status["primaries"] if each["status"]]
                 self.series.append(

@@ -2,8 +2,9 @@
 
     python benchmarks/overload.py --url http://127.0.0.1:8000 --seats 8 --seconds 30 --json runs/overload.json
 
-Clients stream one completion after the other, each under an API key of its own; one that is refused waits as long as it
-is told. `--seats` is the primaries' max_num_seqs in all. Resident memory is that of this machine's replicas.
+Clients stream one completion after the other, each under an API key of its own, and begin within the first second; one
+that is refused waits as long as it is told. They share a bare HTTP client, since they share the machine with the cluster.
+`--seats` is the primaries' max_num_seqs in all. Resident memory is that of this machine's replicas.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import openai
+import httpx
 
 
 @dataclass
@@ -29,36 +30,58 @@ class Tally:
     completed: int = 0
 
 
-async def client(url: str, number: int, until: float, max_tokens: int, tally: Tally) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=f"client-{number}", max_retries=0) as api:
+class Crowd:
+    """Clients of one phase."""
+
+    def __init__(self, api: httpx.AsyncClient, seconds: float, max_tokens: int) -> None:
+        self.tally = Tally()
+        self._api, self._seconds, self._max_tokens = api, seconds, max_tokens
+
+    async def run(self, num_clients: int) -> None:
+        until = time.monotonic() + self._seconds
+        await asyncio.gather(*(self._client(number, number / num_clients, until) for number in range(num_clients)))
+
+    async def _client(self, number: int, starts_after_s: float, until: float) -> None:
+        await asyncio.sleep(starts_after_s)
         turn = 0
         while time.monotonic() < until:
-            started = last = time.monotonic()
-            try:
-                stream = await api.completions.create(
-                    model="",
-                    prompt=f"# {number} {turn}\ndef function(",
-                    max_tokens=max_tokens,
-                    stream=True,
-                    seed=turn,
-                    extra_body={"ignore_eos": True},
-                )
-                is_first = True
-                async for _ in stream:
+            retry_after_s = await self._complete(number, turn)
+            await asyncio.sleep(min(retry_after_s, max(until - time.monotonic(), 0)))
+            turn += 1
+
+    async def _complete(self, number: int, turn: int) -> float:
+        """One request. How long to wait before the next."""
+        body = {
+            "model": "",
+            "prompt": f"# {number} {turn}\ndef function(",
+            "max_tokens": self._max_tokens,
+            "stream": True,
+            "seed": turn,
+            "ignore_eos": True,
+        }
+        tally, started = self.tally, time.monotonic()
+        headers = {"Authorization": f"Bearer client-{number}"}
+        async with self._api.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+            if response.status_code == 429:
+                tally.refusal_s.append(time.monotonic() - started)
+                return float(response.headers["retry-after"])
+            response.raise_for_status()
+            last, is_first = started, True
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
                     now = time.monotonic()
                     (tally.first_s if is_first else tally.gaps_s).append(now - last)
                     last, is_first = now, False
-                tally.completed += 1
-            except openai.RateLimitError as error:
-                tally.refusal_s.append(time.monotonic() - started)
-                await asyncio.sleep(float(error.response.headers["retry-after"]))
-            turn += 1
+        tally.completed += 1
+        return 0.0
 
 
 async def phase(url: str, num_clients: int, seconds: float, max_tokens: int) -> dict[str, Any]:
-    tally, before = Tally(), resident_bytes()
-    until = time.monotonic() + seconds
-    await asyncio.gather(*(client(url, number, until, max_tokens, tally) for number in range(num_clients)))
+    before = resident_bytes()
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as api:
+        crowd = Crowd(api, seconds, max_tokens)
+        await crowd.run(num_clients)
+    tally = crowd.tally
     return {
         "clients": num_clients,
         "completed": tally.completed,

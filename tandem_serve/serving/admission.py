@@ -22,6 +22,7 @@ from tandem_serve.types import ModelCard, TextDelta, TextRequest
 T = TypeVar("T")
 
 _RETRY_AFTER_S = (1.0, 60.0)  # what a client is told, at least and at most
+_RETRY_SPACING_S = 0.02  # between two that are told to come back, at least
 _SMOOTHING = 0.1  # of the mean time between two ends: about the last ten count
 
 
@@ -54,6 +55,7 @@ class Admission:
         self._queues: dict[str, deque[_Waiter]] = {}  # of clients that wait; ordered by their latest turn
         self._ended_at_s: float | None = None
         self._seconds_per_end = 0.0
+        self._next_retry_s = 0.0  # when the next one that is refused may come back
 
     @property
     def num_running(self) -> int:
@@ -144,9 +146,16 @@ class Admission:
         return sum(waiter.size for waiter in self._queues.get(client, ()))
 
     def _retry_after_s(self) -> float:
-        """About how long it takes until what waits now has been let in."""
+        """About how long it takes until what waits now has been let in, and those who were told to come back before.
+
+        So they do not all come back at once, to be refused again: that would take the time of those that run.
+        """
         least, most = _RETRY_AFTER_S
-        return min(max(self.num_queued * self._seconds_per_end, least), most)
+        now = self._clock()
+        wait_s = max(self.num_queued * self._seconds_per_end, self._next_retry_s - now, least)
+        at_s = now + min(wait_s, most)
+        self._next_retry_s = at_s + max(self._seconds_per_end, _RETRY_SPACING_S)
+        return at_s - now
 
 
 class AdmittedTextService:

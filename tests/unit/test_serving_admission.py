@@ -186,3 +186,21 @@ async def test_the_stricter_of_client_s_and_operator_s_limit_counts() -> None:
         assert len([delta async for delta in deltas]) == 3
     limits = [request.timeout_s for request in text.requests]
     assert limits == [pytest.approx(50, abs=1), pytest.approx(20, abs=1), pytest.approx(50, abs=1)]
+
+
+async def test_those_refused_are_not_all_told_to_come_back_at_once() -> None:
+    now = 100.0
+    gate = Admission(lambda: AdmissionConfig(max_running_per_primary=1, max_queued=0), lambda: 1, clock=lambda: now)
+    await gate.acquire("running", 1)
+    told = []
+    for number in range(200):
+        with pytest.raises(Overloaded) as refused:
+            await gate.acquire(f"client {number}", 1)
+        told.append(refused.value.retry_after_s)
+    assert told[0] == 1.0
+    assert told == sorted(told)
+    assert told[50] == pytest.approx(2.0)  # fifty a second, while nothing is known of the pace
+    now += 1000  # they have all been served since
+    with pytest.raises(Overloaded) as refused:
+        await gate.acquire("late", 1)
+    assert refused.value.retry_after_s == 1.0
