@@ -5,7 +5,7 @@
 set -euo pipefail
 folder="$(dirname "$0")/../.venv/kubernetes-types"
 if [ -x "$folder/node_modules/.bin/tsc" ]; then exit 0; fi
-command -v npm >/dev/null && npm install --silent --no-audit --no-fund --ignore-scripts --prefix "$folder" \
+command -v npm >/dev/null && npm install --silent --fetch-retries 1 --fetch-timeout 30000 --no-audit --no-fund --ignore-scripts --prefix "$folder" \
     typescript@5.9.3 \
     @kubernetes-models/gateway-api@2.0.0 \
     @kubernetes-models/cert-manager@6.0.0 \

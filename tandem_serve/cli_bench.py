@@ -194,7 +194,8 @@ def _policy_names(text: str) -> tuple[str, ...]:
     """`fixed-1-3,optimal` as fixed-1, fixed-2, fixed-3, optimal."""
     found: list[str] = []
     for name in (part.strip() for part in text.split(",")):
-        drafter, bare = ("plain-drafter:", name[14:]) if name.startswith("plain-drafter:") else ("", name)
+        bare = name.removeprefix("plain-drafter:")
+        drafter = name.removesuffix(bare)
         kind, *lengths = bare.split("-")
         if kind == "fixed" and 1 <= len(lengths) <= 2 and all(x.isdigit() and 1 <= int(x) <= 32 for x in lengths):
             found += [f"{drafter}fixed-{length}" for length in range(int(lengths[0]), int(lengths[-1]) + 1)]

@@ -19,6 +19,7 @@ from tandem_serve.bench.plain_pools import plain_pools
 from tandem_serve.bench.prompts import held_out_prompts
 from tandem_serve.bench.run_decode import provenance
 from tandem_serve.bench.summary import median_interval, quantile
+from tandem_serve.errors import Unavailable
 from tandem_serve.models.folder import load_tokenizer
 from tandem_serve.rpc.span_counter import SpanCounter
 
@@ -92,12 +93,16 @@ def cost_of_watching(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 class _Scraper:
-    """Reads every URL as Prometheus would, once in every interval_s that the cluster works: never while others do."""
+    """Reads every URL as Prometheus would, once in every interval_s that the cluster works: never while others do.
+
+    `close` raises what has ended it early: a cluster that is not read costs too little.
+    """
 
     def __init__(self, urls: Sequence[str], interval_s: float) -> None:
         self.num_rounds = 0
         self._urls, self._interval_s = urls, interval_s
         self._stopped, self._is_working = threading.Event(), False
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="scraping", daemon=True)
         self._thread.start()
 
@@ -112,6 +117,8 @@ class _Scraper:
     def close(self) -> None:
         self._stopped.set()
         self._thread.join()
+        if self._error is not None:
+            raise Unavailable(f"the watched cluster's metrics cannot be read: {self._error}") from self._error
 
     def _run(self) -> None:
         worked_s = 0.0
@@ -119,7 +126,11 @@ class _Scraper:
             worked_s += _TICK_S * self._is_working
             if self._is_working and worked_s >= self._interval_s:
                 worked_s = 0.0
-                self._scrape()
+                try:
+                    self._scrape()
+                except Exception as error:
+                    self._error = error
+                    return
 
     def _scrape(self) -> None:
         for url in self._urls:

@@ -238,7 +238,11 @@ def _compare(runs: dict[str, list[GroupRun]]) -> dict[str, Any]:
             "identical_groups": sum(a.texts == b.texts for a, b in zip(of_one, reference, strict=True)),
         }
     plain = _fastest(rates, PLAIN + FIXED)
-    against = {} if plain is None else {"best_fixed_plain": plain, "tandem/plain-drafter": rates[best] / rates[plain]}
+    against = (
+        {}
+        if plain is None or not best.startswith(FIXED)
+        else {"best_fixed_plain": plain, "tandem/plain-drafter": rates[best] / rates[plain]}
+    )
     return {"best_fixed": best, **against, "policies": policies}
 
 

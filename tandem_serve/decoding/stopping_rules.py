@@ -126,16 +126,21 @@ class Stopping:
         """Whether any block has a rule."""
         return bool(self._policies)
 
-    def judge(self, which: Sequence[int], scorer: Scorer, logits: Tensor, drafts: Choice) -> list[bool]:
-        """Which blocks, by their numbers, get a further draft behind the one that each has just got."""
+    def judge(
+        self, which: Sequence[int], may_go_on: Sequence[bool], scorer: Scorer, logits: Tensor, drafts: Choice
+    ) -> list[bool]:
+        """Which blocks, by their numbers, get a further draft behind the one that each has just got.
+
+        Those that may not go on, since they are as long as they were asked to be, gain nothing from a further step.
+        """
         scores = {policy: scorer(policy, logits, drafts) for policy in self._policies}
         for row, number in enumerate(which):
             if (block := self._blocks[number]) is not None:
                 compounds = block.policy is PolicyName.OPTIMAL
                 block.score = scores[block.policy][row] * (block.score if compounds else 1.0)
         blocks = [self._blocks[number] for number in which]
-        pays = self._pays([block for block in blocks if block is not None])
-        return [self._goes_on(block, pays) for block in blocks]
+        pays = self._pays([b for b, may in zip(blocks, may_go_on, strict=True) if may and b is not None])
+        return [may and self._goes_on(block, pays) for block, may in zip(blocks, may_go_on, strict=True)]
 
     def is_kept(self, number: int) -> bool:
         """Of a block that ends: whether its last draft is worth verifying."""

@@ -53,11 +53,10 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob], scorer: Scorer = UNTRAIN
         columns.append((lanes, chosen))
         going = [jobs[lane].block_length > step for lane in lanes]
         if stopping and any(going):
-            goes_on = stopping.judge(lanes, scorer, logits, choice)
+            going = stopping.judge(lanes, going, scorer, logits, choice)
             dropped |= {
-                lane for lane, good in zip(lanes, goes_on, strict=True) if not good and not stopping.is_kept(lane)
+                lane for lane, goes in zip(lanes, going, strict=True) if not goes and not stopping.is_kept(lane)
             }
-            going = [a and b for a, b in zip(going, goes_on, strict=True)]
         if not any(going):
             break
         if all(going):

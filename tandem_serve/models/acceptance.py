@@ -24,6 +24,7 @@ from tandem_serve.types import PolicyName
 ROUTER_FILE = "router.safetensors"
 FORMAT = "tandem-router-2"
 EMBEDDING_DROPOUT = 0.95
+_REMEDY = "run `tandem-serve train router` again, or remove it"
 MAX_TOP_K, MAX_HIDDEN_SIZE = 64, 4096
 
 
@@ -127,13 +128,10 @@ def load_acceptance(drafter_folder: Path, drafter_hidden_size: int, drafter_fing
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: format {metadata.get('format')!r}, expected {FORMAT!r}")
+        raise CheckpointError(f"{file}: format {metadata.get('format')!r}, expected {FORMAT!r}; {_REMEDY}")
     if metadata.get("drafter_fingerprint") != drafter_fingerprint:
         found = metadata.get("drafter_fingerprint")
-        raise CheckpointError(
-            f"{file}: made for the drafter {found!r}, this one is {drafter_fingerprint!r}; "
-            "run `tandem-serve train router` again, or remove it"
-        )
+        raise CheckpointError(f"{file}: made for the drafter {found!r}, this one is {drafter_fingerprint!r}; {_REMEDY}")
     try:
         model = AcceptanceModel(_config(metadata, tensors, drafter_hidden_size))
         model.thresholds = _thresholds(metadata)

@@ -70,7 +70,6 @@ def test_examples_are_what_the_pair_drafts(pair: Path) -> None:
 def test_the_report_says_what_each_predictor_is_worth(pair: Path, report: dict[str, Any]) -> None:
     assert set(report["calibration"]) == {"entropy", "router", "optimal"}
     for name, figures in report["calibration"].items():
-        assert 0 <= figures["auc"] <= 1  # of random weights: how good it is says nothing
         assert 0 < figures["brier"] < (1 if name == "entropy" else 0.3)  # entropy is a bound, no estimate
         assert sum(b["count"] for b in figures["bins"]) == report["num_drafts"]
     assert all(milliseconds >= 0 for milliseconds in report["costs_ms"].values())

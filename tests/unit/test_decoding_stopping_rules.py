@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_each_block_is_judged_by_its_own_rule_whatever_the_batch(rules: list[Sto
     logits = torch.randn(len(rules), 9, generator=torch.Generator().manual_seed(seed)) * 3
     together = Stopping(rules, DEFAULT_THRESHOLDS)
     assert bool(together) == any(rule is not None for rule in rules)
-    goes_on = together.judge(range(len(rules)), scores_by_policy, logits, greedy(logits))
+    goes_on = together.judge(range(len(rules)), [True] * len(rules), scores_by_policy, logits, greedy(logits))
     costs = [r for r in rules if r is not None and r.policy is PolicyName.OPTIMAL and r.keep_threshold > 0]
     for row, rule in enumerate(rules):
         if rule is None:
@@ -88,7 +89,7 @@ def test_optimal_stopping_goes_by_the_chance_that_all_drafts_so_far_are_right() 
     rules = [StoppingRule(PolicyName.OPTIMAL, threshold=0.5), StoppingRule(PolicyName.ROUTER, threshold=0.5)]
     stopping = Stopping(rules, DEFAULT_THRESHOLDS)
     logits = torch.zeros(2, 3)
-    assert [stopping.judge((0, 1), Scores(0.8), logits, greedy(logits)) for _ in range(4)] == [
+    assert [stopping.judge((0, 1), (True, True), Scores(0.8), logits, greedy(logits)) for _ in range(4)] == [
         [True, True],
         [True, True],
         [True, True],
@@ -100,15 +101,16 @@ def test_blocks_under_optimal_stopping_go_on_while_together_they_pay_for_the_ste
     rule = StoppingRule(PolicyName.OPTIMAL, threshold=0.5, keep_threshold=0.1)
     logits = torch.zeros(4, 3)
 
-    def judged(*scores: float) -> list[bool]:
+    def judged(*scores: float, may_go_on: Sequence[bool] = (True,) * 4) -> list[bool]:
         stopping = Stopping([rule, None, rule, rule], DEFAULT_THRESHOLDS)
-        return stopping.judge(range(4), Scores(*scores), logits, greedy(logits))
+        return stopping.judge(range(4), may_go_on, Scores(*scores), logits, greedy(logits))
 
     assert judged(0.9, 0, 0.6, 0.05) == [True, True, True, False]  # gains of 0.8 and 0.5 against three times 0.4
     assert judged(0.9, 0, 0.4, 0.05) == [False, True, False, False]
+    assert judged(0.9, 0, 0.6, 0.05, may_go_on=(False, True, True, True)) == [False, True, False, False]
     # Those that have ended still wait: the step costs them time, too.
     stopping = Stopping([rule, None, rule, rule], DEFAULT_THRESHOLDS)
-    assert stopping.judge((0, 1), Scores(0.99, 0), logits, greedy(logits)) == [False, True]
+    assert stopping.judge((0, 1), (True, True), Scores(0.99, 0), logits, greedy(logits)) == [False, True]
 
 
 class Scores:
