@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from tandem_serve.decoding.block_policy import BlockPlan
 from tandem_serve.types import GenerationRequest, PolicyName, StoppingRule
 
-MIN_ROUNDS = 8  # measured before anything is concluded
-REST_ROUNDS, PROBE_ROUNDS = 64, 4  # while drafts do not pay: of so many rounds, so many draft all the same
+MIN_ROUNDS = 8  # of all sequences together, measured before anything is concluded
+FIRST_LENGTH = 4  # drafts until then, at most
+# While drafts do not pay: of so many rounds, so many draft all the same. The first rests are shorter, each twice the
+# last: what a few rounds of one text have shown should not hold for long.
+REST_ROUNDS, PROBE_ROUNDS, FIRST_REST = 64, 4, 8
 _LARGEST_SURPRISE = 3.0  # a time is taken for at most so many times the expected: a pause of the machine is no cost
 
 
@@ -45,6 +48,11 @@ class LinearCost:
             return self._y / max(self._x, 1.0) / 2
         return max((self._xy - self._x * self._y / self._weight) / spread, 0.0)
 
+    @property
+    def mean(self) -> float:
+        """Seconds, over the sizes that there have been."""
+        return self._y / self._weight if self._weight else 0.0
+
     def at(self, size: float) -> float:
         """Expected seconds."""
         if not self._weight:
@@ -61,16 +69,33 @@ class _Class:
     seconds: float = 0.0
     accepted: float = 0.0
     rejected: float = 0.0  # rounds that ended with a wrong draft
-    num_planned: int = 0
+    turn: float = 0.0  # rounds planned, of all sequences together
+    num_rounds: int = 0
+    knows_costs: bool = False
     rests: bool = False  # the primary alone is faster
+    rest_length: float = 0.0
+    rest_until: float = 0.0  # a turn: PROBE_ROUNDS from then on draft
+
+    def doubt(self) -> None:
+        """Most of what is known of the rate is forgotten: rounds so far knew no costs, those to come do."""
+        self.rounds, self.tokens, self.seconds = self.rounds / 8, self.tokens / 8, self.seconds / 8
+        self.knows_costs = True
 
     def add(self, num_drafts: int, num_accepted: int, seconds: float) -> None:
         decay = 0.99
+        self.num_rounds += 1
         self.rounds = decay * self.rounds + 1
         self.tokens = decay * self.tokens + num_accepted + 1
         self.seconds = decay * self.seconds + seconds
         self.accepted = decay * self.accepted + num_accepted
         self.rejected = decay * self.rejected + (num_accepted < num_drafts)
+
+    def is_probe(self) -> bool:
+        """Whether a class that rests drafts in this turn."""
+        if self.turn >= self.rest_until + PROBE_ROUNDS:  # the last probe has changed nothing
+            self.rest_length = min(2 * self.rest_length, REST_ROUNDS - PROBE_ROUNDS)
+            self.rest_until = self.turn + self.rest_length
+        return self.turn >= self.rest_until
 
     @property
     def rate(self) -> float:
@@ -90,25 +115,34 @@ class OptimalStopping:
     Greedy and sampled requests are classes of their own: drafts are right more often in one than in the other.
     """
 
-    drafting: LinearCost = field(
-        default_factory=LinearCost
-    )  # over the drafts of a step's longest block; the round trip included
+    # Whole rounds over the drafts of the longest block in them. Making and verifying a draft, timed alone, miss a third
+    # of what it costs on a small machine: caches that it empties, threads that it wakes.
+    rounds: LinearCost = field(default_factory=lambda: LinearCost(decay=0.995))
     verifying: LinearCost = field(default_factory=LinearCost)  # over all tokens of an engine step
+    undrafted: LinearCost = field(default_factory=LinearCost)  # rounds less their drafts: steps, and all else
     _classes: dict[bool, _Class] = field(default_factory=dict)
 
     def plan(self, request: GenerationRequest, longest: int, num_requests_running: int) -> BlockPlan:
         """The next round of a request: `longest` drafts at most."""
         kind = self._class_of(request)
-        kind.num_planned += 1
-        if kind.rounds < MIN_ROUNDS:
-            return BlockPlan(longest, StoppingRule(PolicyName.OPTIMAL))
-        alone_s = self.verifying.at(num_requests_running)  # a step without drafts; 0: not known
-        kind.rests = kind.rate * alone_s < (1.0 if kind.rests else 0.9) * (alone_s > 0)
-        # Planned one by one, but probed all together: beside sequences that rest, drafts are only waited for.
-        if kind.rests and kind.num_planned // max(num_requests_running, 1) % REST_ROUNDS >= PROBE_ROUNDS:
+        # Planned one by one, but all rest together: beside sequences that rest, drafts are only waited for.
+        kind.turn += 1 / max(num_requests_running, 1)
+        first = MIN_ROUNDS * num_requests_running
+        if kind.num_rounds < first:
+            return BlockPlan(min(longest, FIRST_LENGTH), StoppingRule(PolicyName.OPTIMAL))
+        if not kind.knows_costs:
+            kind.doubt()
+        alone_s = self._alone_s(num_requests_running)
+        may_rest = alone_s > 0 and kind.num_rounds >= 2 * first
+        rested = kind.rests
+        kind.rests = may_rest and kind.rate * alone_s < (1.0 if rested else 0.9)
+        if kind.rests and not rested:
+            kind.rest_length, kind.rest_until = FIRST_REST, kind.turn + FIRST_REST
+        if kind.rests and not kind.is_probe():
             return BlockPlan(0)
         checking = kind.rate * self.verifying.slope * num_requests_running
-        threshold = (kind.rate * self.drafting.slope + checking) / kind.acceptance
+        drafting = kind.rate * max(self.rounds.slope - self.verifying.slope, 0.0)
+        threshold = (drafting + checking) / kind.acceptance
         return BlockPlan(longest, StoppingRule(PolicyName.OPTIMAL, min(threshold, 1.0), min(checking, 1.0)))
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
@@ -125,8 +159,14 @@ class OptimalStopping:
         round_s: float,
     ) -> None:
         """See LearningPolicy. A round whose block came empty is one, too."""
-        self.drafting.add(num_draft_steps, draft_s)
+        self.rounds.add(num_draft_steps, round_s)
+        self.undrafted.add(num_draft_steps, max(round_s - draft_s, 0.0))
         self._class_of(request).add(num_drafts, num_accepted, round_s)
+
+    def _alone_s(self, num_requests_running: int) -> float:
+        """A round without drafts: its step, and what a round takes beside step and drafts. 0: not known."""
+        step_s = self.verifying.at(num_requests_running)
+        return step_s and step_s + max(self.undrafted.mean - self.verifying.mean, 0.0)
 
     def _class_of(self, request: GenerationRequest) -> _Class:
         return self._classes.setdefault(request.sampling.temperature > 0, _Class())

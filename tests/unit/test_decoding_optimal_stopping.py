@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem_serve.decoding.block_policy import BlockPlan
-from tandem_serve.decoding.optimal_stopping import MIN_ROUNDS, PROBE_ROUNDS, REST_ROUNDS, LinearCost, OptimalStopping
+from tandem_serve.decoding.optimal_stopping import (
+    FIRST_LENGTH,
+    MIN_ROUNDS,
+    PROBE_ROUNDS,
+    REST_ROUNDS,
+    LinearCost,
+    OptimalStopping,
+)
 from tandem_serve.types import PolicyName, SamplingParams, StoppingRule
 from tests.engines import a_request
 
@@ -66,7 +73,7 @@ def threshold(plan: BlockPlan) -> float:
 
 def test_at_first_the_drafter_s_own_threshold_holds() -> None:
     plans = Simulation(0.8, 0.0003, 0.0002).run(MIN_ROUNDS)
-    assert plans == [BlockPlan(16, StoppingRule(PolicyName.OPTIMAL))] * MIN_ROUNDS
+    assert plans == [BlockPlan(FIRST_LENGTH, StoppingRule(PolicyName.OPTIMAL))] * MIN_ROUNDS
 
 
 def test_dear_drafts_end_blocks_earlier() -> None:
@@ -100,6 +107,15 @@ def test_where_drafts_do_not_pay_there_are_a_few_and_they_come_back() -> None:
     simulation.right, simulation.draft_s, simulation.verify_s = 0.95, 0.0001, 0.0001
     simulation.run(20 * REST_ROUNDS)
     assert all(plan.block_length > 0 for plan in simulation.run(50))
+
+
+def test_what_the_first_rounds_have_shown_does_not_hold_for_long() -> None:
+    simulation = Simulation(0.05, 0.0005, 0.0005)
+    first = simulation.run(2 * MIN_ROUNDS + 4)
+    assert first[-1].block_length == 0
+    simulation.right = 0.95
+    later = simulation.run(40)
+    assert all(plan.block_length > 0 for plan in later[-8:])
 
 
 def test_classes_do_not_sway_each_other() -> None:
