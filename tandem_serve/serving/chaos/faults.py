@@ -131,8 +131,10 @@ class FaultInjector:
         """For up to two seconds it does nothing at all, but keeps its connections."""
         replica = self._pick("drafter")
         os.kill(replica.pid, signal.SIGSTOP)
-        self._pause(self._rng.uniform(0.5, 2.0))
-        os.kill(replica.pid, signal.SIGCONT)
+        try:
+            self._pause(self._rng.uniform(0.5, 2.0))
+        finally:  # whatever becomes of the trial
+            os.kill(replica.pid, signal.SIGCONT)
         return _Hit(replica.replica_id)
 
     def _bad_weather(self, weather: Weather) -> _Hit:
