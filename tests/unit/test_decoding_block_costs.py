@@ -143,7 +143,8 @@ def test_requests_that_choose_are_left_alone_and_all_others_probe_in_the_same_ro
     policy.lengths = BlockLengths((3, 0), (50, 50))
     chosen = GenerationRequest("r", (1,), SamplingParams(), 8, block_length=7)
     assert policy.plan(chosen, 2).block_length == 7
-    assert policy.plan(replace(REQUEST, policy=PolicyName.OPTIMAL), 2).block_length == policy.requested.longest
+    optimal = replace(REQUEST, policy=PolicyName.OPTIMAL)
+    assert policy.plan(optimal, 2) == policy.requested.plan(optimal, 2)
     ruled = {policy.plan(replace(REQUEST, policy=PolicyName.ENTROPY), 1).stopping for _ in range(100)}
     assert ruled == {StoppingRule(PolicyName.ENTROPY), None}  # None: it probes plain rounds
     policy = replace(directed(), lengths=policy.lengths)
