@@ -1,6 +1,6 @@
 """The router's block lengths against fixed ones, at a running cluster and several loads.
 
-    tandem-serve up deployments/demo.yaml
+    tandem-serve up deployments/demo.yaml       # with router: {speculation: {adapts: true}}
     python benchmarks/block_lengths.py --loads 1,4,16,32 --fixed 0,2,5 --seconds 10 --json runs/block-lengths.json
 
 Each load: the contenders by turns, `--turns` times; nobody streams, so that clients cost little. Before each load the

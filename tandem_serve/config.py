@@ -192,7 +192,9 @@ class AdmissionConfig(_Part):
 class SpeculationConfig(_Part):
     """What the router decides for requests that leave it open. None of it changes a token."""
 
-    adapts: bool = True  # block lengths to what drafts cost and bring at each load; False: the primary's block_length
+    # Block lengths to what drafts cost and bring at each load; False: the primary's block_length. Off until it has been
+    # measured against fixed lengths on real clusters (benchmarks/block_lengths.py).
+    adapts: bool = False
     longest_block_length: int = Field(8, ge=1, le=MAX_BLOCK_LENGTH)  # that it goes up to
     policy: PolicyName | None = None  # who ends blocks early; None: the primary's
     threshold: float | None = Field(None, ge=0, le=1)  # of that policy; None: its own

@@ -48,7 +48,7 @@ async def lengths_after(control: BlockLengthControl, primary: Measuring) -> int 
 
 async def test_the_router_follows_what_drafts_cost_down_to_none_and_back() -> None:
     primary = Measuring(draft_s=0.001)
-    control = BlockLengthControl(lambda: [primary], SpeculationConfig)
+    control = BlockLengthControl(lambda: [primary], lambda: SpeculationConfig(adapts=True))
     assert await lengths_after(control, primary) == 8  # it is hopeful about what it has not seen
     primary.measure(draft_s=1.0)
     assert await lengths_after(control, primary) == 0
@@ -59,7 +59,9 @@ async def test_the_router_follows_what_drafts_cost_down_to_none_and_back() -> No
 async def test_all_primaries_get_what_is_decided_and_those_that_fail_or_decide_themselves_are_left_out() -> None:
     broken = Measuring(draft_s=9.0, error=Unavailable("gone"))
     first, second = Measuring(draft_s=0.001), Measuring(draft_s=0.001)
-    control = BlockLengthControl(lambda: [broken, first, ScriptedPrimary(), second], SpeculationConfig)
+    control = BlockLengthControl(
+        lambda: [broken, first, ScriptedPrimary(), second], lambda: SpeculationConfig(adapts=True)
+    )
     await lengths_after(control, first)
     assert first.policy.lengths == second.policy.lengths is not None
     assert broken.policy.lengths is None
@@ -67,7 +69,7 @@ async def test_all_primaries_get_what_is_decided_and_those_that_fail_or_decide_t
 
 async def test_a_router_that_is_told_not_to_adapt_lets_the_primaries_go() -> None:
     primary = Measuring(draft_s=0.001)
-    config = SpeculationConfig()
+    config = SpeculationConfig(adapts=True)
     control = BlockLengthControl(lambda: [primary], lambda: config)
     assert await lengths_after(control, primary) is not None
     config = SpeculationConfig(adapts=False)
@@ -86,7 +88,7 @@ async def test_an_error_costs_one_round() -> None:
             raise ValueError("a bug")
         return [primary]
 
-    control = BlockLengthControl(primaries, SpeculationConfig)
+    control = BlockLengthControl(primaries, lambda: SpeculationConfig(adapts=True))
     running = asyncio.create_task(control.run())
     async with asyncio.timeout(20):
         while control.lengths is None:  # noqa: ASYNC110
