@@ -17,8 +17,8 @@ HEAVY = {"torch", "ray", "grpc", "google.protobuf", "vllm", "transformers", "fas
 
 PUBLIC_NAMES = {
     "tandem_serve.errors": (
-        "CheckpointError ConfigError DeadlineExceeded InvalidRequest ModelMismatch Overloaded RequestAborted "
-        "TandemError Unauthenticated Unavailable"
+        "CheckpointError ConfigError DeadlineExceeded InvalidRequest ModelMismatch Overloaded PermissionDenied "
+        "RequestAborted TandemError Unauthenticated Unavailable"
     ),
     "tandem_serve.decoding.block_policy": "BlockPlan BlockPolicy LearningPolicy",
     "tandem_serve.decoding.sampling": "Choice SamplingRows choose_token_ids filtered_scores gumbel_noise",
