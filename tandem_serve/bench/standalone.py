@@ -24,8 +24,8 @@ from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.models.checkpoint import drafter_info, load_decoder, load_drafter, load_tokenizer, primary_info
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.inflate import inflate
-from tandem_serve.training.data import TokenWindows, encode_documents
 from tandem_serve.training.evaluate import evaluate_on_text, evaluate_primary
+from tandem_serve.training.evaluate_pair import EvaluationPlan, text_windows
 from tandem_serve.training.held_out import evaluation_documents
 from tandem_serve.training.primary import sequence_logits
 from tandem_serve.types import DecodingMode, SamplingParams
@@ -163,9 +163,8 @@ def _judged(
 def _quality_on_text(options: StandaloneOptions, primary: Decoder, folder: Path) -> dict[str, dict[str, float]]:
     """Accuracy and the like on held-out text by mode; both variants write the same block behind the same text."""
     documents = evaluation_documents(options.data, options.field, folder)
-    separator = primary.config.eos_token_ids[0] if primary.config.eos_token_ids else 0
-    batches = TokenWindows(encode_documents(documents, load_tokenizer(folder), separator), 256, 8, seed=0)
-    windows = [batches.batch(step) for step in range(min(options.num_windows, max(1, batches.batches_per_epoch)))]
+    plan = EvaluationPlan(num_windows=options.num_windows)
+    windows = text_windows(documents, primary, load_tokenizer(folder), plan)
     found = {PRIMARY: {"accuracy": evaluate_primary(primary, windows)["accuracy"]}}
     blocks = _on_text(primary, load_drafter(options.pair / "drafter"), windows, options.block_lengths)
     for length, figures in blocks.items():

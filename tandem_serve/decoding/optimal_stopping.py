@@ -64,7 +64,6 @@ class LinearCost:
 class _Class:
     """Rounds of requests that resemble each other, in sums that fade."""
 
-    rounds: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
     accepted: float = 0.0
@@ -78,13 +77,12 @@ class _Class:
 
     def doubt(self) -> None:
         """Most of what is known of the rate is forgotten: rounds so far knew no costs, those to come do."""
-        self.rounds, self.tokens, self.seconds = self.rounds / 8, self.tokens / 8, self.seconds / 8
+        self.tokens, self.seconds = self.tokens / 8, self.seconds / 8
         self.knows_costs = True
 
     def add(self, num_drafts: int, num_accepted: int, seconds: float) -> None:
         decay = 0.99
         self.num_rounds += 1
-        self.rounds = decay * self.rounds + 1
         self.tokens = decay * self.tokens + num_accepted + 1
         self.seconds = decay * self.seconds + seconds
         self.accepted = decay * self.accepted + num_accepted

@@ -64,7 +64,7 @@ def evaluate_pair(
     """
     primary, tokenizer = load_decoder(primary_folder, device=plan.device), load_tokenizer(primary_folder)
     documents = evaluation_documents(plan.data, plan.field, primary_folder)
-    windows = [w.to(plan.device) for w in _windows(documents, primary, tokenizer, plan)]
+    windows = [w.to(plan.device) for w in text_windows(documents, primary, tokenizer, plan)]
     announce("the primary on held-out text")
     report: dict[str, Any] = {
         "kind": KIND,
@@ -134,7 +134,7 @@ def _num_parameters(model: object) -> int:
     return sum(p.numel() for p in model.parameters()) if isinstance(model, torch.nn.Module) else 0
 
 
-def _windows(
+def text_windows(
     documents: Sequence[Document], primary: Decoder, tokenizer: Tokenizer, plan: EvaluationPlan
 ) -> list[Tensor]:
     """The same windows for the same text and plan; no more than one epoch of them."""
