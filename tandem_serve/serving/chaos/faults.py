@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from tandem_serve.serving.chaos.recovery import LINKS, RECOVERY_TIMEOUT_S, Fault
 from tandem_serve.serving.chaos.simulation import Replica, Simulation, patiently
 
 _POLL_INTERVAL_S = 0.25
+_WEATHER_ATTEMPTS = 6
 _CONTROLLER = "controller"
 
 
@@ -105,14 +107,16 @@ class FaultInjector:
     # -------------------------------------------------------------- faults
 
     def _pick(self, pool: str) -> Replica:
-        """Any that runs; waits for one."""
-        while not (running := self._simulation.replicas_by_pool()[pool]):
+        """Any that runs; waits for one. The controller takes a dead replica for a running one for some seconds."""
+        gone = frozenset[str]().union(*(fault.gone for fault in self.faults))
+        while not (running := [r for r in self._simulation.replicas_by_pool()[pool] if _lives(r, gone)]):
             time.sleep(_POLL_INTERVAL_S)
         return self._rng.choice(running)
 
     def _kill(self, pool: str) -> _Hit:
         replica = self._pick(pool)
-        os.kill(replica.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has died by itself, which is as good
+            os.kill(replica.pid, signal.SIGKILL)
         return _Hit(replica.replica_id, frozenset({replica.replica_id}))
 
     def _kill_controller(self) -> _Hit:
@@ -130,11 +134,12 @@ class FaultInjector:
     def _stop_drafter(self) -> _Hit:
         """For up to two seconds it does nothing at all, but keeps its connections."""
         replica = self._pick("drafter")
-        os.kill(replica.pid, signal.SIGSTOP)
-        try:
-            self._pause(self._rng.uniform(0.5, 2.0))
-        finally:  # whatever becomes of the trial
-            os.kill(replica.pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # lost with its node meanwhile
+            os.kill(replica.pid, signal.SIGSTOP)
+            try:
+                self._pause(self._rng.uniform(0.5, 2.0))
+            finally:  # whatever becomes of the trial
+                os.kill(replica.pid, signal.SIGCONT)
         return _Hit(replica.replica_id)
 
     def _bad_weather(self, weather: Weather) -> _Hit:
@@ -146,6 +151,7 @@ class FaultInjector:
         return _Hit(f"before {replica.replica_id}")
 
     def _set_weather(self, replica: Replica, weather: Weather) -> None:
+        import ray
         from ray import serve
 
         from tandem_serve.serving import app
@@ -156,7 +162,12 @@ class FaultInjector:
                 DRAFTER, app.application_names(self._simulation.config.name)[1]
             )
             self._drafters._init(_run_router_in_separate_loop=True)  # there is no event loop in this thread
-        self._drafters.set_weather.remote(weather, replica_id=replica.replica_id).result(timeout_s=30)
+        for _ in range(_WEATHER_ATTEMPTS):
+            if not _lives(replica):
+                return  # one that has gone has no weather
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                self._drafters.set_weather.remote(weather, replica_id=replica.replica_id).result(timeout_s=10)
+                return
 
     def _upgrade(self, pool: str) -> _Hit:
         self._num_upgrades += 1
@@ -165,3 +176,13 @@ class FaultInjector:
         changed = getattr(simulation.config, pool).model_copy(update={"revision": str(self._num_upgrades)})
         patiently(lambda: simulation.deploy(simulation.config.model_copy(update={pool: changed}), waits=False))
         return _Hit(f"every {pool}", old)
+
+
+def _lives(replica: Replica, gone: frozenset[str] = frozenset()) -> bool:
+    if replica.replica_id in gone:
+        return False
+    try:
+        os.kill(replica.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
