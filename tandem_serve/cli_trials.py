@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +35,8 @@ def chaos(
     with reported():
         size = TrialSize(num_faults=faults, num_streams=streams, max_tokens=max_tokens, seed=seed)
         console = Console(stderr=True)
-        with console.status("") as spinner:
+        # Ray would print why each node died, pages of it.
+        with console.status("") as spinner, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             progress = spinner.update if console.is_terminal else console.print
             report = run_trial(load_cluster(file), size, progress)
     for fault in report["faults"]:

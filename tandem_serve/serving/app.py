@@ -241,7 +241,6 @@ def _options(name: str, pool: AnyPool) -> dict[str, Any]:
         "health_check_timeout_s": 20,
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": DRAIN_TIMEOUT_S + 5,
-        "max_constructor_retry_count": 3,
         "logging_config": LOGGING,
     }
 

@@ -46,6 +46,9 @@ SERVE_ENVIRONMENT = {
     # stay behind Serve's proxy, though: replicas that took HTTP directly would do so on every address of the machine.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    # A version of which one replica has started is sound: should more die during its roll-out, they are replaced. Else
+    # Serve stops there, and a pool that loses three replicas of the new version meanwhile stays as small as it is.
+    "RAY_SERVE_STOP_FAILED_ROLLING_UPDATES": "0",
 }
 _ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on any system: 127.0.0.1 stays what it is
 
