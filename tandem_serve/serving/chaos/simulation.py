@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem_serve.config import ClusterConfig
+from tandem_serve.errors import Unavailable
 from tandem_serve.serving.cluster import prepare_environment, with_free_ports
 
 POOL = "pool"  # the node label
 POOLS = ("primary", "drafter", "router")
 _NODE = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20, "include_dashboard": False}
+_NODE_ATTEMPTS = 3  # of half a minute
 _NICENESS = 10  # of replicas that run
 
 
@@ -42,7 +44,14 @@ class Simulation:
         self._niced: set[int] = set()
 
     def add_node(self, pool: str) -> None:
-        self._nodes[pool].append(self._ray_cluster.add_node(labels={POOL: pool}, **_NODE))
+        """Tries again where a raylet does not come up: on a crowded machine one in some dozens does not."""
+        for attempt in range(_NODE_ATTEMPTS):
+            try:
+                self._nodes[pool].append(self._ray_cluster.add_node(labels={POOL: pool}, **_NODE))
+                return
+            except Exception as error:  # Ray raises no other
+                if attempt == _NODE_ATTEMPTS - 1:
+                    raise Unavailable(f"no raylet comes up on this machine: {error}") from error
 
     def replace_node(self, pool: str, rng: random.Random) -> list[Replica]:
         """Kills one of a pool's nodes with all that runs there, which is returned, and plugs in an empty one."""
