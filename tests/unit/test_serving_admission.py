@@ -133,6 +133,30 @@ async def test_who_leaves_in_the_moment_of_being_let_in_holds_nothing() -> None:
     assert crowd.admission.num_running == 1
 
 
+async def test_a_seat_that_becomes_free_in_the_moment_in_which_a_waiter_leaves_is_not_lost() -> None:
+    crowd = Crowd(admission_of(max_running_per_primary=1))
+    for name in ("a1", "b1", "c1"):
+        await crowd.send(name)
+    crowd.tasks["b1"].cancel()  # it learns that when it runs next
+    crowd.admission.release("a", 1)
+    await asyncio.gather(*crowd.tasks.values(), return_exceptions=True)
+    assert crowd.tasks["b1"].cancelled()
+    assert crowd.let_in == ["a1", "c1"]
+    assert (crowd.admission.num_running, crowd.admission.num_queued) == (1, 0)
+
+
+async def test_who_leaves_in_the_moment_of_making_room_harms_nobody() -> None:
+    crowd = Crowd(admission_of(max_queued=3, max_queued_per_client=3))
+    for name in ("a1", "a2", "a3", "a4", "a5"):
+        await crowd.send(name)
+    crowd.tasks["a5"].cancel()
+    await crowd.send("b1")
+    await asyncio.gather(crowd.tasks["a5"], return_exceptions=True)
+    assert crowd.tasks["a5"].cancelled()
+    assert not crowd.refused
+    assert crowd.admission.num_queued == 3
+
+
 async def test_retry_after_follows_the_queue_and_the_pace() -> None:
     now = 0.0
     config = AdmissionConfig(max_running_per_primary=1, max_queued=20, max_queued_per_client=20)
