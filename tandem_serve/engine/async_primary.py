@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from tandem_serve.engine.sequence import Sink
+from tandem_serve.engine.threads import yield_to_io
 from tandem_serve.errors import RequestAborted, TandemError, Unavailable
 from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
@@ -129,6 +130,7 @@ class AsyncPrimary:
 
     def _loop(self) -> None:
         """The engine's thread. An error outside a batch (an engine may fail a batch by itself) costs all requests."""
+        yield_to_io()
         try:
             while not self._stopping.is_set():
                 try:

@@ -16,6 +16,7 @@ from tandem_serve.config import DrafterEngineConfig
 from tandem_serve.engine.draft_ahead import DraftsAhead
 from tandem_serve.engine.draft_cache import DraftCache, DraftSequence
 from tandem_serve.engine.draft_model import DraftModel
+from tandem_serve.engine.threads import yield_to_io
 from tandem_serve.engine.validation import check_extend, check_open
 from tandem_serve.errors import InvalidRequest, ModelMismatch, Overloaded, TandemError, Unavailable
 from tandem_serve.metrics import DrafterMetrics
@@ -150,6 +151,7 @@ class DrafterEngine:
     # -------------------------------------------------------------- the engine's thread
 
     def _loop(self) -> None:
+        yield_to_io()
         while not self._is_stopping:
             try:
                 if self.step() or self.draft_ahead():
