@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import openai
 
-from tandem_serve.serving.planning import plot
+from tandem_serve.serving.planning import percentiles, plot
 
 
 class LoadStep:
@@ -35,6 +35,8 @@ class LoadStep:
         self.arrivals: list[dict[str, float]] = []
         self.series: list[dict[str, float]] = []
         self.completed = 0
+        self.first_token_s: list[float] = []
+        self.token_s: list[float] = []  # from asking to the last token, by token
         self.refused = 0
         self.phases: list[dict[str, float]] = []  # how each ended
 
@@ -60,12 +62,18 @@ class LoadStep:
                         stream_options={"include_usage": True},
                         extra_body={"ignore_eos": True, "speculation": self._speculation},
                     )
-                    usage = [chunk.usage async for chunk in stream][-1]
+                    usage, first_s = None, 0.0
+                    async for chunk in stream:
+                        first_s = first_s or time.monotonic() - self._started
+                        usage = chunk.usage or usage
                 except openai.RateLimitError as error:
                     self.refused += 1
                     await asyncio.sleep(float(error.response.headers["retry-after"]))
                     continue
                 self.completed += 1
+                self.first_token_s.append(first_s - arrival["at_s"])
+                ended_s = time.monotonic() - self._started
+                self.token_s.append((ended_s - arrival["at_s"]) / self._max_tokens)
                 self.arrivals.append({**arrival, "prompt_tokens": usage.prompt_tokens if usage else 0})
 
     async def _watch(self) -> None:
@@ -101,7 +109,14 @@ def main() -> None:
     options = parser.parse_args()
     step = LoadStep(options.url, options.max_tokens, options.speculation)
     asyncio.run(step.run([(streams, options.seconds) for streams in (1, options.streams, 1)]))
-    report = {"completed": step.completed, "refused": step.refused, "phases": step.phases, "series": step.series}
+    report = {
+        "completed": step.completed,
+        "refused": step.refused,
+        "first_token_s": percentiles(step.first_token_s),
+        "seconds_per_token": percentiles(step.token_s),
+        "phases": step.phases,
+        "series": step.series,
+    }
     if options.json is not None:
         options.json.write_text(json.dumps(report) + "\n")
     if options.trace is not None:
@@ -111,6 +126,8 @@ def main() -> None:
     for plural in ("primaries", "drafters"):
         ends = ", ".join(f"{phase[plural]:.0f} with {phase['streams']:.0f}" for phase in step.phases)
         print(f"{plural}: {step.series[0][plural]:.0f} at the start; {ends}")
+    for name in ("first_token_s", "seconds_per_token"):
+        print(f"{name}: {json.dumps(report[name])}")
     print(f"completed {step.completed}, refused {step.refused}")
 
 

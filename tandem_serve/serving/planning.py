@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,3 +94,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0)
     below.set_xlabel("seconds")
     figure.savefig(path)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Those that a report gives; none of no values."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    return {f"p{share}": ordered[min(len(ordered) * share // 100, len(ordered) - 1)] for share in (50, 90, 99)}

@@ -24,7 +24,7 @@ from tandem_serve.serving.autoscaling import (
     drafter_load,
     primary_load,
 )
-from tandem_serve.serving.planning import Arrival, Costs
+from tandem_serve.serving.planning import Arrival, Costs, percentiles
 from tandem_serve.serving.router import Pool
 
 TICK_S = 1.0  # between two reports of the replicas, as in a cluster
@@ -257,8 +257,8 @@ class Simulator:
         return {
             "completed": len(self._token_s),
             "refused": self._num_refused,
-            "first_token_s": _percentiles(self._first_token_s),
-            "seconds_per_token": _percentiles(self._token_s),
+            "first_token_s": percentiles(self._first_token_s),
+            "seconds_per_token": percentiles(self._token_s),
             "replica_seconds": self._replica_s,
             "costs": self._costs.model_dump(),
             "series": self._series,
@@ -273,10 +273,3 @@ def simulate(config: ClusterConfig, costs: Costs, trace: Sequence[Arrival]) -> d
 def _fixed(kind: Any, num_replicas: int) -> Any:
     count = max(num_replicas, 1)
     return kind(min_replicas=count, max_replicas=count)
-
-
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    ordered = sorted(values)
-    return {f"p{share}": ordered[min(len(ordered) * share // 100, len(ordered) - 1)] for share in (50, 90, 99)}
