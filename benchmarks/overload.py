@@ -3,8 +3,8 @@
     python benchmarks/overload.py --url http://127.0.0.1:8000 --seats 8 --seconds 30 --json runs/overload.json
 
 Clients stream one completion after the other, each under an API key of its own, and begin within the first second; one
-that is refused waits as long as it is told. They share a bare HTTP client, as they share the machine with the cluster. Start both in one terminal: Linux schedules terminals as
-groups, and would leave the clients waiting for the cluster's.
+that is refused waits as long as it is told. They share a bare HTTP client, as they share the machine with the cluster.
+Start both in one terminal: Linux shares cores out by terminals first, and clients in one of their own would wait.
 `--seats` is the primaries' max_num_seqs in all. Resident memory is that of this machine's replicas.
 """
 
