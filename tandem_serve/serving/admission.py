@@ -94,11 +94,13 @@ class Admission:
         waiter = _Waiter(client, size, asyncio.get_running_loop().create_future())
         self._queues.setdefault(client, deque()).append(waiter)
         try:
-            await waiter.granted
+            # Shielded, for a task that is cancelled would cancel this at once but hear of it later: meanwhile it may be
+            # its turn, which it then has to give back.
+            await asyncio.shield(waiter.granted)
         except asyncio.CancelledError:  # its client has gone, or its time is up
-            if waiter in self._queues.get(client, ()):
+            if not waiter.granted.done():
                 self._drop(waiter)
-            elif _is_granted(waiter):  # in the very moment
+            elif waiter.granted.exception() is None:  # granted in the very moment
                 self.release(client, size)
             raise
 
@@ -114,10 +116,9 @@ class Admission:
                 raise Overloaded("the queue is full", retry_after_s=self._retry_after_s())
             victim = self._queues[greediest][-1]
             self._drop(victim)
-            if not victim.granted.cancelled():  # else it has gone, and learns that in a moment
-                victim.granted.set_exception(
-                    Overloaded("the queue is full, and others wait for less", retry_after_s=self._retry_after_s())
-                )
+            victim.granted.set_exception(
+                Overloaded("the queue is full, and others wait for less", retry_after_s=self._retry_after_s())
+            )
 
     def _grant(self) -> None:
         """Lets in whom there is room for."""
@@ -127,8 +128,6 @@ class Admission:
             if not self._has_room(waiter.size):
                 return
             self._drop(waiter)
-            if waiter.granted.cancelled():  # its client has gone: it learns that in a moment, and must not run
-                continue
             if client in self._queues:
                 self._queues[client] = self._queues.pop(client)  # to the end of the line
             self._running[client] += waiter.size
@@ -159,11 +158,6 @@ class Admission:
         at_s = now + min(wait_s, most)
         self._next_retry_s = at_s + max(self._seconds_per_end, _RETRY_SPACING_S)
         return at_s - now
-
-
-def _is_granted(waiter: _Waiter) -> bool:
-    granted = waiter.granted
-    return granted.done() and not granted.cancelled() and granted.exception() is None
 
 
 class AdmittedTextService:
