@@ -20,6 +20,8 @@ from typing import Any
 
 import httpx
 
+from tandem_serve.serving.planning import percentiles
+
 
 @dataclass
 class Tally:
@@ -87,16 +89,15 @@ async def phase(url: str, num_clients: int, seconds: float, max_tokens: int) -> 
         "clients": num_clients,
         "completed": tally.completed,
         "refused": len(tally.refusal_s),
-        "inter_token_s": percentiles(tally.gaps_s),
-        "first_token_s": percentiles(tally.first_s),
-        "refusal_s": percentiles(tally.refusal_s),
+        "inter_token_s": figures(tally.gaps_s),
+        "first_token_s": figures(tally.first_s),
+        "refusal_s": figures(tally.refusal_s),
         "resident_bytes": {"before": before, "after": resident_bytes()},
     }
 
 
-def percentiles(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {f"p{share}": round(ordered[len(ordered) * share // 100], 4) for share in (50, 90, 99)} if ordered else {}
+def figures(values: list[float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in percentiles(values).items()}
 
 
 def resident_bytes() -> dict[str, int]:

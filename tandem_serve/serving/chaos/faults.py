@@ -15,7 +15,6 @@ from tandem_serve.serving.chaos.recovery import LINKS, RECOVERY_TIMEOUT_S, Fault
 from tandem_serve.serving.chaos.simulation import Replica, Simulation, patiently
 
 _POLL_INTERVAL_S = 0.25
-_WEATHER_ATTEMPTS = 6
 _CONTROLLER = "controller"
 
 
@@ -109,7 +108,7 @@ class FaultInjector:
     def _pick(self, pool: str) -> Replica:
         """Any that runs; waits for one. The controller takes a dead replica for a running one for some seconds."""
         gone = frozenset[str]().union(*(fault.gone for fault in self.faults))
-        while not (running := [r for r in self._simulation.replicas_by_pool()[pool] if _lives(r, gone)]):
+        while not (running := [each for each in self._simulation.replicas_by_pool()[pool] if _lives(each, gone)]):
             time.sleep(_POLL_INTERVAL_S)
         return self._rng.choice(running)
 
@@ -151,7 +150,6 @@ class FaultInjector:
         return _Hit(f"before {replica.replica_id}")
 
     def _set_weather(self, replica: Replica, weather: Weather) -> None:
-        import ray
         from ray import serve
 
         from tandem_serve.serving import app
@@ -162,12 +160,12 @@ class FaultInjector:
                 DRAFTER, app.application_names(self._simulation.config.name)[1]
             )
             self._drafters._init(_run_router_in_separate_loop=True)  # there is no event loop in this thread
-        for _ in range(_WEATHER_ATTEMPTS):
-            if not _lives(replica):
-                return  # one that has gone has no weather
-            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+
+        def tell() -> None:
+            if _lives(replica):  # one that has gone has no weather
                 self._drafters.set_weather.remote(weather, replica_id=replica.replica_id).result(timeout_s=10)
-                return
+
+        patiently(tell)
 
     def _upgrade(self, pool: str) -> _Hit:
         self._num_upgrades += 1

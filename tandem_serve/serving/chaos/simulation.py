@@ -129,14 +129,14 @@ def lower_priority(thread: int = 0) -> None:
 
 
 def patiently(ask: Any, timeout_s: float = 60.0) -> Any:
-    """Asks again and again while the controller cannot answer."""
+    """Asks again and again while the controller, or a replica, cannot answer."""
     import ray
 
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             return ask()
-        except (ray.exceptions.RayError, KeyError):
+        except (ray.exceptions.RayError, KeyError, TimeoutError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
