@@ -261,6 +261,12 @@ class BlockLengths:
         index = min(max(num_requests_running, 1), len(self.by_batch)) - 1
         return self.by_batch[index], self.probe_every[index]
 
+    def __str__(self) -> str:
+        """By sequences running, such as '1-3: 4, 4-128: 0'."""
+        begins = [i for i, length in enumerate(self.by_batch) if i == 0 or length != self.by_batch[i - 1]]
+        ends = [*begins[1:], len(self.by_batch)]
+        return ", ".join(f"{i + 1}-{end}: {self.by_batch[i]}" for i, end in zip(begins, ends, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class PrimaryStatus:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from tandem_serve.decoding.block_policy import Round
 from tandem_serve.types import BlockLengths, CostPoint, DraftingCosts
 
 COST_DECAY = 0.98  # of what a sample weighs, with each later one of its size
@@ -20,7 +21,7 @@ GAIN = 1.02  # another length has to promise so much more than the present one: 
 MIN_WEIGHT = 4.0  # of all samples of a kind, before anything is concluded
 PRIOR_ACCEPTANCE, PRIOR_DRAFTS = 0.6, 4.0  # of a place in the block that has not been tried, and what that weighs
 PROBE_LENGTH, NUM_PROBES = 2, 2  # drafts of a probe where none are made else; rounds in a row that probe
-PROBE_COST = 0.01  # what probes may cost, of all time
+PROBE_COST = 0.005  # what probes may cost, of all time; more in truth, drafters that rested have much to catch up on
 _SHORTEST_TURN = 64  # rounds between probes, however cheap they are
 _BINS_PER_DOUBLING = 6
 _LARGEST_SURPRISE = 3.0  # a time counts for at most so many times the mean: a hiccup of the machine is no cost
@@ -58,16 +59,17 @@ class CostRecorder:
         """A step has run so many tokens, none of them a prompt's."""
         _observe(self._verify, num_tokens, seconds)
 
-    def observe_round(self, num_drafts: int, num_accepted: int, num_draft_steps: int, draft_s: float) -> None:
-        """A round's drafts have been verified. They took draft_s to come, beside blocks of up to num_draft_steps."""
-        if not num_drafts:
+    def observe_round(self, outcome: Round) -> None:
+        """A round's drafts have been verified."""
+        num_drafts = outcome.num_drafts
+        if not num_drafts or outcome.draft_s is None:
             return
-        _observe(self._draft, max(num_draft_steps, num_drafts), draft_s)
+        _observe(self._draft, max(outcome.num_draft_steps, num_drafts), outcome.draft_s)
         for counts in (self._tried, self._right):
             counts.extend([0.0] * (num_drafts - len(counts)))
-        for place in range(min(num_accepted + 1, num_drafts)):
+        for place in range(min(outcome.num_accepted + 1, num_drafts)):
             self._tried[place] = ACCEPTANCE_DECAY * self._tried[place] + 1
-            self._right[place] = ACCEPTANCE_DECAY * self._right[place] + (place < num_accepted)
+            self._right[place] = ACCEPTANCE_DECAY * self._right[place] + (place < outcome.num_accepted)
 
     def costs(self) -> DraftingCosts:
         return DraftingCosts(_points(self._verify), _points(self._draft), tuple(self._tried), tuple(self._right))

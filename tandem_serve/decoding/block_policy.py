@@ -17,6 +17,16 @@ class BlockPlan(NamedTuple):
     stopping: StoppingRule | None = None
 
 
+class Round(NamedTuple):
+    """How a sequence's round went, from one verification to the next."""
+
+    num_drafts: int  # that came: fewer than planned where a stopping rule, or the text, ended the block
+    num_accepted: int
+    num_draft_steps: int  # drafts of the longest block that was verified, and so most likely made, along with it
+    draft_s: float | None  # from asking to having them; None: they did not come in time, or were not asked for
+    seconds: float  # all of the round
+
+
 class BlockPolicy(Protocol):
     """Plans rounds. Called once a sequence and round: cheap.
 
@@ -35,18 +45,6 @@ class LearningPolicy(BlockPolicy, Protocol):
         """The primary has run so many tokens in a step, none of them a prompt's."""
         ...
 
-    def observe_round(
-        self,
-        request: GenerationRequest,
-        num_drafts: int,
-        num_accepted: int,
-        num_draft_steps: int,
-        draft_s: float,
-        round_s: float,
-    ) -> None:
-        """A round of a request has been verified.
-
-        Its drafts took draft_s, waiting included, since the longest block that was made along with them is of
-        num_draft_steps drafts; and all of the round took round_s.
-        """
+    def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
+        """A round of a request has been verified."""
         ...

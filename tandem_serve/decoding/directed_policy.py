@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tandem_serve.decoding.block_costs import NUM_PROBES, PROBE_LENGTH, CostRecorder
-from tandem_serve.decoding.block_policy import BlockPlan
+from tandem_serve.decoding.block_policy import BlockPlan, Round
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.types import BlockLengths, DraftingCosts, GenerationRequest, PolicyName
+
+LOAD_ROUNDS = 16
 
 
 @dataclass(slots=True)
@@ -15,12 +17,14 @@ class DirectedPolicy:
     """Implements LearningPolicy. Goes by `requested` until it is directed, and for requests that choose for themselves.
 
     What is not done is not measured: so now and then all sequences do the other thing, in the same round, for beside
-    sequences that rest drafts are only waited for.
+    sequences that rest drafts are only waited for. The load is the mean of some rounds: while one request ends and
+    another begins, a change costs more than it brings.
     """
 
     requested: RequestedPolicy
     lengths: BlockLengths | None = None  # may be changed at any time, from any thread
     recorder: CostRecorder = field(default_factory=CostRecorder)
+    _load: float = 0.0  # sequences running
     _round: int = 0  # of all sequences together
     _num_left: int = 0  # plans until the next one
 
@@ -38,8 +42,8 @@ class DirectedPolicy:
         policy = request.policy or self.requested.policy
         if lengths is None or request.block_length is not None or policy is PolicyName.OPTIMAL:
             return self.requested.plan(request, num_requests_running)  # the last sees by itself whether drafts pay
-        length, turn = lengths.at(num_requests_running)
         self._count(num_requests_running)
+        length, turn = lengths.at(round(self._load))
         if turn and self._round % turn < NUM_PROBES:
             length = 0 if length else PROBE_LENGTH
         if length and policy is not PolicyName.FIXED:
@@ -50,6 +54,7 @@ class DirectedPolicy:
         """One more plan: a round has as many as sequences ran when it began."""
         if self._num_left <= 0:
             self._round, self._num_left = self._round + 1, num_requests_running
+            self._load += (num_requests_running - self._load) / (LOAD_ROUNDS if self._load else 1)
         self._num_left -= 1
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
@@ -57,15 +62,7 @@ class DirectedPolicy:
         self.recorder.observe_step(num_tokens, seconds)
         self.requested.observe_step(num_tokens, seconds)
 
-    def observe_round(
-        self,
-        request: GenerationRequest,
-        num_drafts: int,
-        num_accepted: int,
-        num_draft_steps: int,
-        draft_s: float,
-        round_s: float,
-    ) -> None:
+    def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy."""
-        self.recorder.observe_round(num_drafts, num_accepted, num_draft_steps, draft_s)
-        self.requested.observe_round(request, num_drafts, num_accepted, num_draft_steps, draft_s, round_s)
+        self.recorder.observe_round(outcome)
+        self.requested.observe_round(request, outcome)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tandem_serve.decoding.block_policy import BlockPlan
+from tandem_serve.decoding.block_policy import BlockPlan, Round
 from tandem_serve.types import GenerationRequest, PolicyName, StoppingRule
 
 MIN_ROUNDS = 8  # of all sequences together, measured before anything is concluded
@@ -147,19 +147,11 @@ class OptimalStopping:
         """See LearningPolicy."""
         self.verifying.add(num_tokens, seconds)
 
-    def observe_round(
-        self,
-        request: GenerationRequest,
-        num_drafts: int,
-        num_accepted: int,
-        num_draft_steps: int,
-        draft_s: float,
-        round_s: float,
-    ) -> None:
-        """See LearningPolicy. A round whose block came empty is one, too."""
-        self.rounds.add(num_draft_steps, round_s)
-        self.undrafted.add(num_draft_steps, max(round_s - draft_s, 0.0))
-        self._class_of(request).add(num_drafts, num_accepted, round_s)
+    def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
+        """See LearningPolicy. Of rounds that drafted: one whose block came empty is one, too."""
+        self.rounds.add(outcome.num_draft_steps, outcome.seconds)
+        self.undrafted.add(outcome.num_draft_steps, max(outcome.seconds - (outcome.draft_s or 0.0), 0.0))
+        self._class_of(request).add(outcome.num_drafts, outcome.num_accepted, outcome.seconds)
 
     def _alone_s(self, num_requests_running: int) -> float:
         """A round without drafts: its step, and what a round takes beside step and drafts. 0: not known."""

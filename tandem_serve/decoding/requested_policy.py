@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tandem_serve.decoding.block_policy import BlockPlan
+from tandem_serve.decoding.block_policy import BlockPlan, Round
 from tandem_serve.decoding.optimal_stopping import OptimalStopping
 from tandem_serve.types import GenerationRequest, PolicyName, StoppingRule
 
@@ -44,15 +44,7 @@ class RequestedPolicy:
         """See LearningPolicy."""
         self.optimal.observe_step(num_tokens, seconds)
 
-    def observe_round(
-        self,
-        request: GenerationRequest,
-        num_drafts: int,
-        num_accepted: int,
-        num_draft_steps: int,
-        draft_s: float,
-        round_s: float,
-    ) -> None:
+    def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy."""
-        if (request.policy or self.policy) is PolicyName.OPTIMAL:
-            self.optimal.observe_round(request, num_drafts, num_accepted, num_draft_steps, draft_s, round_s)
+        if (request.policy or self.policy) is PolicyName.OPTIMAL and outcome.draft_s is not None:
+            self.optimal.observe_round(request, outcome)

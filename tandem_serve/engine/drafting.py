@@ -184,7 +184,7 @@ class DraftCoordinator:
         cause = sequence.why_alone
         if spec is not None:
             attachment = spec.attachment
-            spec.has_drafted = attachment is not None and attachment.drafts is not None
+            spec.draft_s = None if attachment is None or attachment.drafts is None else attachment.draft_s
             if attachment is not None and attachment.drafts is not None:
                 drafts, attachment.drafts, attachment.num_asked = attachment.drafts, None, 0
                 spec.next_cooldown = COOLDOWN_ROUNDS
@@ -225,7 +225,7 @@ class DraftCoordinator:
                 self._metrics.round_trip.observe(max(waited_s - event.draft_time_s, 0.0))
                 self._metrics.draft_time.observe(event.draft_time_s)
                 # A link that works on this very thread delivers at the time that it was asked.
-                spec.draft_s = max(now_s - attachment.asked_at_s, event.draft_time_s)
+                attachment.draft_s = max(now_s - attachment.asked_at_s, event.draft_time_s)
         elif isinstance(event, SequenceRejected) and event.incarnation == attachment.incarnation:
             _log.info("drafter %s rejected %s: %s", drafter.link.address, event.sequence_id, event.message)
             self._detach(sequence, spec, WithoutDraft.REJECTED)

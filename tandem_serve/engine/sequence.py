@@ -32,6 +32,7 @@ class Attachment:
     deadline_s: float = 0.0
     is_open: bool = False  # OpenSequence has been sent
     drafts: tuple[int, ...] | None = None  # the answer, once it is there
+    draft_s: float = 0.0  # that it took
 
 
 @dataclass(slots=True)
@@ -44,8 +45,7 @@ class Speculation:
     cooldown_rounds: int = 0  # rounds to go before a drafter is asked again
     next_cooldown: int = 0  # how long the next cool-down will be
     num_rejections: int = 0  # since the last block
-    has_drafted: bool = False  # a block came for the round that is verified now, with drafts or without
-    draft_s: float = 0.0  # and so long after it was asked for
+    draft_s: float | None = None  # that the drafts took that are verified now; None: there are none
 
 
 @dataclass(slots=True)

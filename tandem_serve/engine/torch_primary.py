@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tandem_serve.config import PrimaryEngineConfig
-from tandem_serve.decoding.block_policy import LearningPolicy
+from tandem_serve.decoding.block_policy import LearningPolicy, Round
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.engine.choosing import TokenChooser, Verified, token_logprobs
 from tandem_serve.engine.drafter_links import DrafterLinks
@@ -366,10 +366,11 @@ class TorchPrimary:
         `longest`: block of the step, whose drafts were most likely made together.
         """
         sequence, num_drafts, num_accepted = run.sequence, len(run.draft_token_ids), outcome.num_accepted_tokens
-        spec = None if sequence.is_standalone else sequence.speculation
-        if spec is not None and spec.has_drafted and sequence.last_token_at_s is not None:
-            round_s = self._clock() - sequence.last_token_at_s
-            self._policy.observe_round(sequence.request, num_drafts, num_accepted, longest, spec.draft_s, round_s)
+        spec = sequence.speculation
+        if sequence.last_token_at_s is not None and not sequence.is_standalone:
+            draft_s = None if spec is None else spec.draft_s
+            seconds = self._clock() - sequence.last_token_at_s
+            self._policy.observe_round(sequence.request, Round(num_drafts, num_accepted, longest, draft_s, seconds))
         self._grow(sequence, outcome.token_ids, num_accepted, num_drafts, logits)
 
     def _grow(

@@ -52,7 +52,9 @@ class TextFormatter(logging.Formatter):
 
 def configure_logs(config: LogsConfig, pool: str) -> None:
     """Sends this package's lines to standard error, as one pool's process wants them. Replaces what was set before."""
-    handler = logging.StreamHandler(sys.stderr)
+    # The process's own: in replicas Serve makes sys.stderr a part of its log, and keeps the last 1,000 lines of that to
+    # itself. Some processes have none.
+    handler = logging.StreamHandler(sys.__stderr__ or sys.stderr)
     handler.setFormatter(JsonFormatter(pool) if config.format == "json" else TextFormatter())
     package = logging.getLogger("tandem_serve")
     package.handlers = [handler]

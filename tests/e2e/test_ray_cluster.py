@@ -175,6 +175,11 @@ class TestRayCluster(ServingContract):
         ):
             assert [value > 0 for value in up.samples(pool, name)] == [True], pool
 
+    def test_log_lines_of_replicas_are_in_rays_worker_files(self, up: Up, cluster: Cluster) -> None:
+        (primary,) = up.replicas("primary")
+        ready = "INFO tandem_serve.rpc.drafting_client: drafter "
+        eventually(lambda: ready in Path(f"/proc/{primary}/fd/2").read_text(), "the primary's log names its drafter")
+
     def test_one_request_is_one_trace_through_all_pools(self, up: Up, cluster: Cluster) -> None:
         check_one_request_is_one_trace(cluster, up.collector)
 
@@ -231,7 +236,9 @@ class TestRayCluster(ServingContract):
         assert {pool: up.replicas(pool) for pool in ("primary", "")} == {pool: before[pool] for pool in ("primary", "")}
 
     def test_each_pool_grows_and_shrinks_by_its_own_need(self, up: Up, cluster: Cluster) -> None:
-        """Two contrived loads: one that drafters find hard, one that primaries do. Texts do not notice."""
+        """Two contrived loads: one that drafters find hard, one that primaries do. Texts do not notice, nor that the
+        router tries block lengths all the while.
+        """
         line = "{pool}: {{model: {pool}, resources: {{num_cpus: 0.5}}{engine}{autoscaling}}}"
         engine = ", engine: {kv_cache_tokens: 16384}"
         pace = "max_replicas: 2, upscale_delay_s: 0.5, downscale_delay_s: 1"
@@ -240,6 +247,7 @@ class TestRayCluster(ServingContract):
             up.apply(
                 primary=line.format(pool="primary", engine=engine, autoscaling=targets[0]),
                 drafter=line.format(pool="drafter", engine="", autoscaling=targets[1]),
+                router="router: {model_name: tiny, http_port: 0, grpc_port: 0, speculation: {adapts: true}}",
             )
             with streaming(cluster):
                 eventually(partial(up.has_replicas, growing, 2), f"a second {growing}", REPLACE_TIMEOUT_S)

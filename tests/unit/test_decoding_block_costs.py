@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from tandem_serve.decoding.block_costs import NUM_PROBES, CostRecorder, best_block_lengths
+from tandem_serve.decoding.block_policy import Round
 from tandem_serve.decoding.directed_policy import DirectedPolicy
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.types import BlockLengths, GenerationRequest, PolicyName, SamplingParams, StoppingRule
@@ -55,7 +56,9 @@ class World:
                 accepted = next((n for n in range(length) if self.rng.random() >= self.acceptance), length)
                 tokens += 1 + accepted
                 if length:
-                    policy.observe_round(REQUEST, length, accepted, length, draft_s * self._noise(), draft_s + step_s)
+                    policy.observe_round(
+                        REQUEST, Round(length, accepted, length, draft_s * self._noise(), draft_s + step_s)
+                    )
             now += step_s + draft_s
             if now - decided >= 1.0:
                 decided = now
@@ -122,7 +125,7 @@ def test_nothing_is_concluded_from_little() -> None:
     assert best_block_lengths([recorder.costs()], 4, 8) is None
     assert best_block_lengths([], 4, 8) is None
     recorder.observe_step(1, 0.1)
-    recorder.observe_round(2, 1, 2, 0.1)
+    recorder.observe_round(Round(2, 1, 2, 0.1, 0.2))
     assert best_block_lengths([recorder.costs()], 4, 8) is None
 
 
@@ -131,7 +134,7 @@ def test_what_several_primaries_measured_counts_together() -> None:
     for _ in range(8):
         recorders[0].observe_step(1, 0.01)
         recorders[0].observe_step(6, 0.01)
-        recorders[1].observe_round(5, 5, 5, 0.001)
+        recorders[1].observe_round(Round(5, 5, 5, 0.001, 0.011))
     assert best_block_lengths([recorders[0].costs()], 8, 1) is None
     both = best_block_lengths([recorder.costs() for recorder in recorders], 8, 1)
     assert both is not None
@@ -151,4 +154,14 @@ def test_requests_that_choose_are_left_alone_and_all_others_probe_in_the_same_ro
     rounds = [{policy.plan(REQUEST, 2).block_length for _ in range(2)} for _ in range(100)]
     assert sum(lengths != {0} for lengths in rounds) == 2 * NUM_PROBES
     assert all(len(lengths) == 1 for lengths in rounds)
+    policy = replace(directed(), lengths=policy.lengths)
     assert sum(policy.plan(REQUEST, 1).block_length == 0 for _ in range(100)) == 2 * NUM_PROBES
+
+
+def test_while_one_request_ends_and_another_begins_lengths_stay() -> None:
+    policy = directed()
+    policy.lengths = BlockLengths((5, 5, 5, 0), (0,) * 4)
+    planned = [policy.plan(REQUEST, running).block_length for running in [4] * 80 + [3] * 6 + [4] * 80]
+    assert set(planned) == {0}
+    assert policy.plan(REQUEST, 1).block_length == 0
+    assert [policy.plan(REQUEST, 1).block_length for _ in range(60)][-1] == 5

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem_serve.decoding.block_policy import BlockPlan
+from tandem_serve.decoding.block_policy import BlockPlan, Round
 from tandem_serve.decoding.optimal_stopping import (
     FIRST_LENGTH,
     MIN_ROUNDS,
@@ -62,7 +62,7 @@ class Simulation:
             drafting, verifying = self.draft_s * length, 0.004 + self.verify_s * (length + 1)
             self.policy.observe_step(length + 1, verifying)
             if length:
-                self.policy.observe_round(self.request, length, accepted, length, drafting, drafting + verifying)
+                self.policy.observe_round(self.request, Round(length, accepted, length, drafting, drafting + verifying))
         return plans
 
 
