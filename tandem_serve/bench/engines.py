@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from tandem_serve.bench.run_decode import provenance
 from tandem_serve.errors import ConfigError, Unavailable
 from tandem_serve.models.checkpoint import drafter_info, load_decoder, load_tokenizer, primary_info, write_model
 from tandem_serve.models.inflate import inflate
+from tandem_serve.serving.chaos.network import FAIR, BadLink, Weather
 
 BASELINES = ("vllm", "vllm-undrafted", "torch")  # one core, the primary's: what a primary does without a drafter pool
 REMOTE = (
@@ -29,14 +31,20 @@ REMOTE = (
     "vllm-tandem-rejection",
     "torch-tandem",
 )  # and a core for the drafter
+FAULTY = {  # vllm-tandem with a bad network before its drafter: what a primary must not suffer from
+    "vllm-tandem-slow": (Weather(delay_s=0.2),),  # bytes come 200 ms later, each way
+    "vllm-tandem-flapping": (Weather(is_cut=True), FAIR),  # gone for a second, back for a second
+    "vllm-tandem-lost": (Weather(is_cut=True),),  # gone for good
+}
 PEERS = ("vllm-ngram", "vllm-draft-model", "transformers-assisted")  # both cores: they draft where they verify
-MODES = (*BASELINES, *REMOTE, *PEERS)
+MODES = (*BASELINES, *REMOTE, *FAULTY, *PEERS)
 COMPARED = (
     ("vllm-tandem", "vllm"),
     ("vllm-tandem", "vllm-undrafted"),
     ("vllm-undrafted", "vllm"),
     ("vllm-tandem", "vllm-tandem-synchronous"),
     ("vllm-tandem", "vllm-tandem-rejection"),
+    *((mode, "vllm") for mode in FAULTY),
     ("vllm-tandem", "vllm-ngram"),
     ("vllm-tandem", "vllm-draft-model"),
     ("vllm-tandem", "transformers-assisted"),
@@ -70,6 +78,7 @@ class Child:
 
     def __init__(self, mode: str, options: dict[str, Any], num_threads: int) -> None:
         self.mode = mode
+        self.break_link: Callable[[], None] = lambda: None  # called once it is ready
         command = [sys.executable, "-m", "tandem_serve.bench.engine_child", mode, json.dumps(options)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "VLLM_LOGGING_LEVEL": "ERROR"}
         self._process = subprocess.Popen(
@@ -116,6 +125,7 @@ def run_engines(options: EngineOptions, announce: Callable[[int], Callable[[], N
         children = [stack.enter_context(_child(mode, options, model)) for mode in options.modes]
         for child in children:
             child.wait_until_ready()
+            child.break_link()
         num_waves = sum(-(-len(prompts) // c) + 1 for c in options.concurrency)
         done = announce(num_waves * len(children))
         waves = {str(c): _measure(children, options, prompts, c, done) for c in options.concurrency}
@@ -163,13 +173,36 @@ def _child(mode: str, options: EngineOptions, model: Path) -> Iterator[Child]:
     if mode == "vllm-draft-model" and not plain.is_dir():
         raise ConfigError(f"mode {mode}: the pair has no folder {plain.name}")
     with contextlib.ExitStack() as stack:
-        if mode in REMOTE:
+        if mode in REMOTE or mode in FAULTY:
             settings["drafter"] = stack.enter_context(drafter_process(drafter, "float32", core=min(1, num_cores - 1)))
+        link = BadLink(settings["drafter"]) if mode in FAULTY else None
+        if link is not None:
+            settings["drafter"] = link.address
         child = Child(mode, settings, 2 if is_peer else 1)
+        if link is not None:
+            child.break_link = lambda: stack.enter_context(_bad_weather(link, FAULTY[mode]))
         try:
             yield child
         finally:
             child.close()
+
+
+@contextlib.contextmanager
+def _bad_weather(link: BadLink, weathers: Sequence[Weather]) -> Iterator[None]:
+    """One after the other, a second each and over again, until the context ends."""
+    ended = threading.Event()
+
+    def change() -> None:
+        for weather in itertools.cycle(weathers):
+            link.set_weather(weather)
+            if ended.wait(1.0):
+                return
+
+    threading.Thread(target=change, name="weather", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _measure(
@@ -217,9 +250,8 @@ def tokens_per_s(waves: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _summary(waves: Sequence[Mapping[str, Any]], by_mode: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    gaps = sorted(
-        later - earlier for wave in waves for times in wave["step_times"] for earlier, later in pairwise(times)
-    )
+    times_of_texts = [times for wave in waves for times in wave["step_times"]]
+    gaps = sorted(later - earlier for times in times_of_texts for earlier, later in itertools.pairwise(times))
     num_drafts = sum(wave["num_drafts"] for wave in waves)
     total_s = sum(wave["total_s"] for wave in waves)
     plain = by_mode.get("vllm-undrafted") or by_mode.get("vllm") or by_mode.get("torch")
@@ -227,10 +259,10 @@ def _summary(waves: Sequence[Mapping[str, Any]], by_mode: Mapping[str, Sequence[
     return {
         "tokens_per_s": tokens_per_s(waves),
         "tokens_per_s_with_prompts": sum(map(len, texts)) / total_s if total_s else 0.0,
-        "time_to_first_token_ms": 1e3 * median(times[0] for wave in waves for times in wave["step_times"]),
+        "time_to_first_token_ms": 1e3 * median(times[0] for times in times_of_texts),
         "step_gap_ms_p50": 1e3 * gaps[len(gaps) // 2] if gaps else 0.0,
         "step_gap_ms_p99": 1e3 * gaps[int(0.99 * (len(gaps) - 1))] if gaps else 0.0,
-        "tokens_per_step": sum(map(len, texts)) / max(sum(len(t) for w in waves for t in w["step_times"]), 1),
+        "tokens_per_step": sum(map(len, texts)) / max(sum(map(len, times_of_texts)), 1),
         "drafts_per_block": sum(wave["num_draft_tokens"] for wave in waves) / num_drafts if num_drafts else 0.0,
         "accepted_per_block": sum(wave["num_accepted_tokens"] for wave in waves) / num_drafts if num_drafts else 0.0,
         "idle_share": sum(wave["idle_s"] for wave in waves) / total_s if total_s else 0.0,

@@ -173,6 +173,14 @@ class MeasuredBlockLength:
         *_, accepted = self.acceptance.expected(block_length)
         return max(accepted * step_s, MIN_WAIT_S)
 
+    def saved_s(self, num_tokens: int, later_tokens: int) -> float:
+        """What one step of all these tokens saves against one now and one later. 0 as long as nothing is measured."""
+        now_s, later_s = self.step_time(num_tokens), self.step_time(later_tokens)
+        together_s = self.step_time(num_tokens + later_tokens)
+        if now_s is None or later_s is None or together_s is None:
+            return 0.0
+        return max(now_s + later_s - together_s, 0.0)
+
     def _best(self, batch: int) -> int:
         plain_s = self.step_time(batch)
         if plain_s is None:

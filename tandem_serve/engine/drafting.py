@@ -172,6 +172,12 @@ class DraftCoordinator:
         spec = sequence.speculation
         return 0 if spec is None or spec.attachment is None else spec.attachment.num_asked
 
+    def expected_s(self, sequence: Sequence) -> float:
+        """When the drafts of the round under way will be there if they take as long as the last ones."""
+        spec = sequence.speculation
+        attachment = spec.attachment if spec is not None else None
+        return 0.0 if attachment is None else attachment.asked_at_s + attachment.draft_s
+
     def drop_round(self, sequence: Sequence) -> None:
         """The sequence has moved on without the round under way, through no fault of the drafter's."""
         spec = sequence.speculation

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tandem_serve.bench.engines import FAULTY
 from tandem_serve.cli_bench import app
 from tests.checkpoints import CONFIG, make_drafter, make_plain_drafter, make_primary
 from tests.vllm_models import MODEL, needs_vllm
@@ -34,7 +35,8 @@ def check(figures: dict, modes: set[str]) -> None:
         for name, mode in by_mode.items():
             assert mode["identical_to_plain"] == figures["num_prompts"] == 3, name
             assert mode["tokens_per_s"] > 0
-            assert (mode["accepted_per_block"] > 0) == ("tandem" in name)
+            if name not in FAULTY:
+                assert (mode["accepted_per_block"] > 0) == ("tandem" in name)
 
 
 def test_document(tmp_path: Path) -> None:
@@ -51,7 +53,7 @@ def test_unknown_modes_and_numbers_are_named() -> None:
 
 @pytest.mark.parametrize("mark", [pytest.param("vllm", marks=needs_vllm)])
 def test_vllm_modes(tmp_path: Path, mark: str) -> None:
-    modes = {"vllm", "vllm-undrafted", "vllm-tandem"}
+    modes = {"vllm", "vllm-undrafted", "vllm-tandem", *FAULTY}
     figures = run(tmp_path, MODEL, "--modes", ",".join(sorted(modes)))
     check(figures, modes)
     assert set(figures["ratios"]["vllm-tandem/vllm"]) == {"1", "2"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,10 @@ from tandem_serve.engine.vllm_primary.request_drafting import Outcome, RequestDr
 from tandem_serve.errors import ConfigError
 from tandem_serve.interfaces import LinkState
 from tandem_serve.metrics import WithoutDraft
-from tandem_serve.types import PolicyName, SamplingParams
+from tandem_serve.types import DraftEvent, ExtendSequence, PolicyName, SamplingParams
 from tests.drafter_peer import TEXT, expected_drafts, representations
 from tests.engines import GREEDY, a_request, make_drafter_engine, tiny_drafter, tiny_primary
-from tests.scripted_link import Clock, ScriptedLink
+from tests.scripted_link import Clock, Life, ScriptedLink, block
 
 BLOCK = 8  # positions a KV block
 HASHES = [f"hash {index}" for index in range(len(TEXT) // BLOCK)]  # of TEXT's blocks
@@ -93,6 +93,54 @@ def test_a_request_is_held_until_its_drafts_are_there_or_late() -> None:
     drafting.finish(["v"])
     drafting.send()
     assert link.closed
+
+
+def test_who_is_ready_waits_for_others_as_long_as_a_pass_of_all_saves_more() -> None:
+    asked: dict[str, Callable[[], None]] = {}
+
+    def script(link: ScriptedLink, life: Life, command: ExtendSequence) -> list[DraftEvent]:
+        asked[command.sequence_id] = lambda: link.events.append(block(life, command, TEXT[: command.block_length]))
+        return []
+
+    drafting, clock = make(link=ScriptedLink(tiny_drafter()[1], script), adapts=False)
+    drafting.policy.observe_step(5, 0.10)
+    drafting.policy.observe_step(10, 0.12)  # 0.08 less than two of five
+    names = ["a", "b"]
+    for name in names:
+        begin(drafting, name)
+        step(drafting, 0, 20, TEXT[20:21], name=name)
+    ends = 20
+    for answers, at_s, alone, runs in (
+        (["a", "b"], 0.010, True, {"a", "b"}),
+        (["a"], 0.015, True, set()),  # b's are expected at 0.020
+        ([], 0.090, True, set()),  # they are late
+        ([], 0.096, True, {"a"}),  # a has waited for all that there was to gain
+    ):
+        clock.now_s = at_s
+        for name in answers:
+            asked[f"seq-{name}"]()
+        assert drafting.select(names, alone=alone).drafts.keys() == runs, at_s
+        if len(runs) == 2:
+            drafting.take(names)
+            for name in names:
+                step(drafting, ends, 5, TEXT[ends + 1 : ends + 2], num_drafts=4, name=name)
+    clock.now_s = 0.015
+    assert drafting.select(names, alone=False).drafts.keys() == {"a"}, "a prompt runs, and a beside it"
+
+
+def test_nobody_waits_where_nothing_is_measured_or_drafts_take_longer_than_a_pass() -> None:
+    link = ScriptedLink(tiny_drafter()[1], lambda *round: [])
+    drafting, _ = make(link=link, adapts=False)
+    begin(drafting, "held")
+    step(drafting, 0, 20, TEXT[20:21], name="held")
+    drafting.add("ready", a_request("seq-ready", TEXT[:20], 40, block_length=0))
+    step(drafting, 0, 20, TEXT[20:21], name="ready")
+    names = ["held", "ready"]
+    assert drafting.select(names, alone=True).held == {"held"}
+    drafting.policy.observe_step(1, 0.10)
+    drafting.policy.observe_step(6, 0.7)  # one by one is as fast
+    drafting.take(["ready"])
+    assert drafting.select(names, alone=True).held == {"held"}
 
 
 def test_a_cached_prefix_is_drafted_from_what_was_kept_of_it() -> None:

@@ -94,6 +94,7 @@ class RequestDrafting:
         self._sequences: dict[str, DraftedSequence] = {}  # by the drafting request's id, as drafters know them
         self._by_request: dict[str, DraftedSequence] = {}  # by vLLM's
         self._idle_s = 0.0  # spent in `wait` since the last step
+        self._ready_until_s: float | None = None  # so long those that are ready wait for others
         self._asked = 0  # the longest block that the present step has waited for
         self.last_step: dict[
             str, tuple[int, int]
@@ -139,11 +140,13 @@ class RequestDrafting:
         """What arrives from here on ends the next `wait`. Call it before looking at anything."""
         self._arrived.clear()
 
-    def select(self, decoding: Sequence[str]) -> Selection:
-        """Takes in what drafters have sent; says which of the decoding requests run, and with which drafts."""
-        selection = Selection()
+    def select(self, decoding: Sequence[str], *, alone: bool = False) -> Selection:
+        """Takes in what drafters have sent; says which of the decoding requests run, and with which drafts.
+
+        alone: no prompts run beside them, which nobody should be kept from.
+        """
+        selection, now_s = Selection(), self._clock()
         with self._costing_drafts_only():
-            now_s = self._clock()
             self._coordinator.receive(self._sequences, now_s)
             for request_id in decoding:
                 sequence = self._by_request.get(request_id)
@@ -153,13 +156,29 @@ class RequestDrafting:
                     selection.held.add(request_id)
                 elif drafts := self._coordinator.peek_drafts(sequence):
                     selection.drafts[request_id] = drafts
-        if self._synchronous and selection.held:
-            return Selection(held=set(decoding))
-        return selection
+        waits = self._synchronous or (alone and self._wait_pays(selection, len(decoding), now_s))
+        return Selection(held=set(decoding)) if waits and selection.held else selection
+
+    def _wait_pays(self, selection: Selection, num_decoding: int, now_s: float) -> bool:
+        """Whether those that are ready had better wait for drafts on their way, and share a pass with those, too.
+
+        One pass of all takes less than two of some: that much may be waited for, in all.
+        """
+        num_ready = num_decoding - len(selection.held)
+        if not num_ready or not selection.held:
+            self._ready_until_s = None
+            return False
+        held = [self._by_request[request_id] for request_id in selection.held]
+        if self._ready_until_s is None:
+            now_tokens = num_ready + sum(map(len, selection.drafts.values()))
+            later_tokens = sum(1 + self._coordinator.num_asked(sequence) for sequence in held)
+            self._ready_until_s = now_s + self.policy.saved_s(now_tokens, later_tokens)
+        return max(now_s, *map(self._coordinator.expected_s, held)) < self._ready_until_s
 
     def take(self, request_ids: Iterable[str]) -> None:
         """Ends the rounds of decoding requests that run in this step, with drafts or without."""
         self._asked = 0
+        self._ready_until_s = None
         with self._costing_drafts_only():
             for request_id in request_ids:
                 if (sequence := self._by_request.get(request_id)) is not None:
@@ -202,8 +221,9 @@ class RequestDrafting:
         """Blocks until something arrives, a round's deadline passes, or for timeout_s."""
         started_s = self._clock()
         deadline = self._coordinator.earliest_deadline_s(self._sequences.values())
-        if deadline is not None:
-            timeout_s = min(timeout_s, max(deadline - started_s, 0.0))
+        for limit in (deadline, self._ready_until_s):
+            if limit is not None:
+                timeout_s = min(timeout_s, max(limit - started_s, 0.0))
         self._arrived.wait(timeout_s)
         if deadline is not None:
             waited_s = self._clock() - started_s

@@ -70,7 +70,8 @@ class TandemScheduler(Scheduler):  # type: ignore[misc]
                 self.drafting.wait(LONGEST_WAIT_S)
         self._began_s = time.monotonic()
         decoding = [request for request in self.running if _decodes(request)]
-        selection = self.drafting.select([request.request_id for request in decoding])
+        alone = len(decoding) == len(self.running) and not self.waiting
+        selection = self.drafting.select([request.request_id for request in decoding], alone=alone)
         self.drafting.metrics.hold_backs.inc(len(selection.held))
         for request in decoding:
             if request.request_id in selection.held:
@@ -91,7 +92,9 @@ class TandemScheduler(Scheduler):  # type: ignore[misc]
         if self.waiting or self.kv_holding_waiting or not self.running or self.finished_req_ids:
             return False
         decoding = [request.request_id for request in self.running if _decodes(request)]
-        return len(decoding) == len(self.running) == len(self.drafting.select(decoding).held)
+        if len(decoding) < len(self.running):
+            return False
+        return len(self.drafting.select(decoding, alone=True).held) == len(decoding)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """The workers' drafts, of which there are none."""
