@@ -62,7 +62,7 @@ class CostRecorder:
     def observe_round(self, outcome: Round) -> None:
         """A round's drafts have been verified."""
         num_drafts = outcome.num_drafts
-        if not num_drafts or outcome.draft_s is None:
+        if not num_drafts:
             return
         _observe(self._draft, max(outcome.num_draft_steps, num_drafts), outcome.draft_s)
         for counts in (self._tried, self._right):
@@ -84,7 +84,8 @@ def _observe(means: dict[int, _Mean], size: float, seconds: float) -> None:
 
 
 def _points(means: dict[int, _Mean]) -> tuple[CostPoint, ...]:
-    known = sorted(means.copy().values(), key=lambda mean: mean.size)
+    found = (mean for mean in means.copy().values() if mean.weight)  # else its first sample is just being added
+    known = sorted(found, key=lambda mean: mean.size)
     return tuple(CostPoint(mean.size, mean.seconds, mean.weight) for mean in known)
 
 

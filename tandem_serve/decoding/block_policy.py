@@ -18,12 +18,12 @@ class BlockPlan(NamedTuple):
 
 
 class Round(NamedTuple):
-    """How a sequence's round went, from one verification to the next."""
+    """How a sequence's round with drafts went, from one verification to the next."""
 
     num_drafts: int  # that came: fewer than planned where a stopping rule, or the text, ended the block
     num_accepted: int
     num_draft_steps: int  # drafts of the longest block that was verified, and so most likely made, along with it
-    draft_s: float | None  # from asking to having them; None: they did not come in time, or were not asked for
+    draft_s: float  # from asking to having them
     seconds: float  # all of the round
 
 

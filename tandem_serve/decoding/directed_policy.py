@@ -18,7 +18,7 @@ class DirectedPolicy:
 
     What is not done is not measured: so now and then all sequences do the other thing, in the same round, for beside
     sequences that rest drafts are only waited for. The load is the mean of some rounds: while one request ends and
-    another begins, a change costs more than it brings.
+    another begins, a change costs more than it brings. A load of less than half or more than twice that is another one.
     """
 
     requested: RequestedPolicy
@@ -52,9 +52,11 @@ class DirectedPolicy:
 
     def _count(self, num_requests_running: int) -> None:
         """One more plan: a round has as many as sequences ran when it began."""
+        self._num_left = min(self._num_left, num_requests_running)  # others have ended since
         if self._num_left <= 0:
             self._round, self._num_left = self._round + 1, num_requests_running
-            self._load += (num_requests_running - self._load) / (LOAD_ROUNDS if self._load else 1)
+            is_alike = self._load / 2 <= num_requests_running <= 2 * self._load
+            self._load += (num_requests_running - self._load) / (LOAD_ROUNDS if is_alike else 1)
         self._num_left -= 1
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:

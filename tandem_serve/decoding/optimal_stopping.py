@@ -150,7 +150,7 @@ class OptimalStopping:
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy. Of rounds that drafted: one whose block came empty is one, too."""
         self.rounds.add(outcome.num_draft_steps, outcome.seconds)
-        self.undrafted.add(outcome.num_draft_steps, max(outcome.seconds - (outcome.draft_s or 0.0), 0.0))
+        self.undrafted.add(outcome.num_draft_steps, max(outcome.seconds - outcome.draft_s, 0.0))
         self._class_of(request).add(outcome.num_drafts, outcome.num_accepted, outcome.seconds)
 
     def _alone_s(self, num_requests_running: int) -> float:

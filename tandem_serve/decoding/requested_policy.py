@@ -46,5 +46,5 @@ class RequestedPolicy:
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy."""
-        if (request.policy or self.policy) is PolicyName.OPTIMAL and outcome.draft_s is not None:
+        if (request.policy or self.policy) is PolicyName.OPTIMAL:
             self.optimal.observe_round(request, outcome)

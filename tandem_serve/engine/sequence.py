@@ -45,7 +45,7 @@ class Speculation:
     cooldown_rounds: int = 0  # rounds to go before a drafter is asked again
     next_cooldown: int = 0  # how long the next cool-down will be
     num_rejections: int = 0  # since the last block
-    draft_s: float | None = None  # that the drafts took that are verified now; None: there are none
+    draft_s: float | None = None  # that the block took that is verified now; None: none came in time
 
 
 @dataclass(slots=True)

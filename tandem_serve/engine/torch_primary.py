@@ -367,8 +367,8 @@ class TorchPrimary:
         """
         sequence, num_drafts, num_accepted = run.sequence, len(run.draft_token_ids), outcome.num_accepted_tokens
         spec = sequence.speculation
-        if sequence.last_token_at_s is not None and not sequence.is_standalone:
-            draft_s = None if spec is None else spec.draft_s
+        draft_s = None if spec is None or sequence.is_standalone else spec.draft_s
+        if draft_s is not None and sequence.last_token_at_s is not None:
             seconds = self._clock() - sequence.last_token_at_s
             self._policy.observe_round(sequence.request, Round(num_drafts, num_accepted, longest, draft_s, seconds))
         self._grow(sequence, outcome.token_ids, num_accepted, num_drafts, logits)

@@ -83,11 +83,12 @@ class Admission:
         if not self._running[client]:
             del self._running[client]
         now = self._clock()
-        if self._ended_at_s is not None and self._queues:  # else the time between ends tells nothing of the capacity
+        if self._ended_at_s is not None:
             seconds = (now - self._ended_at_s) / size
             self._seconds_per_end += _SMOOTHING * (seconds - self._seconds_per_end)
-        self._ended_at_s = now
         self._grant()
+        # Only while somebody waits does the time from one end to the next tell anything of the capacity.
+        self._ended_at_s = now if self._queues else None
 
     async def _wait(self, client: str, size: int) -> None:
         self._make_room(client, size)
@@ -109,16 +110,29 @@ class Admission:
         config = self._config()
         own = self._num_queued(client) + size
         if own > config.max_queued_per_client:
-            raise Overloaded("this client has too many requests waiting", retry_after_s=self._retry_after_s())
-        while self.num_queued + size > config.max_queued:
-            greediest = max(self._queues, key=self._num_queued, default=None)
-            if greediest is None or self._num_queued(greediest) <= own:
-                raise Overloaded("the queue is full", retry_after_s=self._retry_after_s())
-            victim = self._queues[greediest][-1]
+            wait_s = self._retry_after_s(reserves=False)  # its own affair: nobody else has to come back later for it
+            raise Overloaded("this client has too many requests waiting", retry_after_s=wait_s)
+        for victim in self._victims(config.max_queued - size, own):
             self._drop(victim)
             victim.granted.set_exception(
                 Overloaded("the queue is full, and others wait for less", retry_after_s=self._retry_after_s())
             )
+
+    def _victims(self, max_queued: int, own: int) -> list[_Waiter]:
+        """Who has to go for so many to remain: the newest of who has most, and more than a newcomer would have.
+
+        Raises Overloaded where that is not enough; then nobody goes.
+        """
+        queues = {client: list(queue) for client, queue in self._queues.items()}
+        sizes = {client: self._num_queued(client) for client in queues}
+        victims = []
+        while sum(sizes.values()) > max_queued:
+            greediest = max(sizes, key=sizes.__getitem__, default=None)
+            if greediest is None or sizes[greediest] <= own:
+                raise Overloaded("the queue is full", retry_after_s=self._retry_after_s())
+            victims.append(queues[greediest].pop())
+            sizes[greediest] -= victims[-1].size
+        return victims
 
     def _grant(self) -> None:
         """Lets in whom there is room for."""
@@ -147,7 +161,7 @@ class Admission:
     def _num_queued(self, client: str) -> int:
         return sum(waiter.size for waiter in self._queues.get(client, ()))
 
-    def _retry_after_s(self) -> float:
+    def _retry_after_s(self, *, reserves: bool = True) -> float:
         """About how long it takes until what waits now has been let in, and those who were told to come back before.
 
         So they do not all come back at once, to be refused again: that would take the time of those that run.
@@ -156,7 +170,8 @@ class Admission:
         now = self._clock()
         wait_s = max(self.num_queued * self._seconds_per_end, self._next_retry_s - now, least)
         at_s = now + min(wait_s, most)
-        self._next_retry_s = at_s + max(self._seconds_per_end, _RETRY_SPACING_S)
+        if reserves:
+            self._next_retry_s = at_s + max(self._seconds_per_end, _RETRY_SPACING_S)
         return at_s - now
 
 

@@ -46,12 +46,10 @@ class BlockLengthControl:
         )
         known = [costs for costs in heard if costs is not None]
         if config.adapts and known:
-            before, self.lengths = (
-                self.lengths,
-                best_block_lengths(known, config.longest_block_length, _MAX_BATCH, self.lengths),
-            )
-            if self.lengths is not None and (before is None or before.by_batch != self.lengths.by_batch):
-                logger.info("block lengths by sequences running: %s", self.lengths)
+            lengths = best_block_lengths(known, config.longest_block_length, _MAX_BATCH, self.lengths)
+            if lengths is not None and (self.lengths is None or self.lengths.by_batch != lengths.by_batch):
+                logger.info("block lengths by sequences running: %s", lengths)
+            self.lengths = lengths or self.lengths  # where those that know are silent: as before
 
     async def _direct(self, primary: Directable) -> DraftingCosts | None:
         """None where it does not answer, or decides by itself."""

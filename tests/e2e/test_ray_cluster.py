@@ -77,6 +77,11 @@ class Up:
         name = f"ray::ServeReplica:tiny-{deployment}".removesuffix("-")
         return {pid for pid in self.processes() if _command(pid).startswith(f"{name}:")}
 
+    def log_of(self, deployment: str) -> str:
+        """What its only replica has written to standard error, which is a file of Ray's."""
+        (replica,) = self.replicas(deployment)
+        return Path(f"/proc/{replica}/fd/2").read_text()
+
     def has_replicas(self, deployment: str, count: int) -> bool:
         return len(self.replicas(deployment)) == count
 
@@ -176,9 +181,8 @@ class TestRayCluster(ServingContract):
             assert [value > 0 for value in up.samples(pool, name)] == [True], pool
 
     def test_log_lines_of_replicas_are_in_rays_worker_files(self, up: Up, cluster: Cluster) -> None:
-        (primary,) = up.replicas("primary")
         ready = "INFO tandem_serve.rpc.drafting_client: drafter "
-        eventually(lambda: ready in Path(f"/proc/{primary}/fd/2").read_text(), "the primary's log names its drafter")
+        eventually(lambda: ready in up.log_of("primary"), "the primary's log names its drafter")
 
     def test_one_request_is_one_trace_through_all_pools(self, up: Up, cluster: Cluster) -> None:
         check_one_request_is_one_trace(cluster, up.collector)
@@ -254,6 +258,7 @@ class TestRayCluster(ServingContract):
                 assert up.has_replicas(other, 1)
             eventually(partial(up.has_replicas, growing, 1), f"one {growing} again", REPLACE_TIMEOUT_S)
             assert up.has_replicas(other, 1)
+        assert "block lengths by sequences running: 1-" in up.log_of("")
 
     def test_a_stream_outlives_the_order_to_stop(self, up: Up, cluster: Cluster) -> None:
         """The last test: it ends the cluster."""

@@ -163,5 +163,5 @@ def test_while_one_request_ends_and_another_begins_lengths_stay() -> None:
     policy.lengths = BlockLengths((5, 5, 5, 0), (0,) * 4)
     planned = [policy.plan(REQUEST, running).block_length for running in [4] * 80 + [3] * 6 + [4] * 80]
     assert set(planned) == {0}
-    assert policy.plan(REQUEST, 1).block_length == 0
-    assert [policy.plan(REQUEST, 1).block_length for _ in range(60)][-1] == 5
+    assert [policy.plan(REQUEST, 2).block_length for _ in range(60)][-1] == 5
+    assert [policy.plan(REQUEST, running).block_length for running in (64, 1, 1)] == [0, 0, 5], "another load"

@@ -228,3 +228,41 @@ async def test_those_refused_are_not_all_told_to_come_back_at_once() -> None:
     with pytest.raises(Overloaded) as refused:
         await gate.acquire("late", 1)
     assert refused.value.retry_after_s == 1.0
+
+
+async def test_nobody_gives_up_a_place_for_one_that_is_refused_all_the_same() -> None:
+    crowd = Crowd(admission_of(max_running_per_primary=1, max_queued=10, max_queued_per_client=8))
+    for name in ("x0", *(f"a{i}" for i in range(6)), *(f"c{i}" for i in range(4))):
+        await crowd.send(name)
+    await crowd.send("b0", size=5)  # a's newest would make room for one of five; then a has no more than b would
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert set(crowd.refused) == {"b0"}
+
+
+async def test_an_idle_hour_says_nothing_of_the_pace() -> None:
+    now = 0.0
+    config = AdmissionConfig(max_running_per_primary=1, max_queued=2, max_queued_per_client=2)
+    crowd = Crowd(Admission(lambda: config, lambda: 1, lambda: now))
+    await crowd.send("a0")
+    await crowd.end("a0")
+    now = 3600.0
+    for name in ("a1", "a2", "a3"):
+        await crowd.send(name)
+    await crowd.end("a1")
+    await crowd.send("a4")
+    await crowd.send("b1")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert crowd.refused["a4"].retry_after_s == 1.0
+
+
+async def test_a_client_over_its_own_share_sends_nobody_else_away_for_longer() -> None:
+    config = AdmissionConfig(max_running_per_primary=1, max_queued=2, max_queued_per_client=1)
+    crowd = Crowd(Admission(lambda: config, lambda: 1, lambda: 0.0))
+    for name in ("x0", "a0", "b0"):
+        await crowd.send(name)
+    for index in range(1, 3000):
+        await crowd.send(f"a{index}")
+    await crowd.send("c0")
+    assert crowd.refused["c0"].retry_after_s == 1.0
