@@ -123,14 +123,14 @@ class Admission:
 
         Raises Overloaded where that is not enough; then nobody goes.
         """
-        queues = {client: list(queue) for client, queue in self._queues.items()}
-        sizes = {client: self._num_queued(client) for client in queues}
+        newest_first = {client: reversed(queue) for client, queue in self._queues.items()}
+        sizes = {client: self._num_queued(client) for client in self._queues}
         victims = []
         while sum(sizes.values()) > max_queued:
             greediest = max(sizes, key=sizes.__getitem__, default=None)
             if greediest is None or sizes[greediest] <= own:
                 raise Overloaded("the queue is full", retry_after_s=self._retry_after_s())
-            victims.append(queues[greediest].pop())
+            victims.append(next(newest_first[greediest]))
             sizes[greediest] -= victims[-1].size
         return victims
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class BlockLengthControl:
-    """Decides for all primaries together, from what all of them have measured. Several routers come to the same."""
+    """Decides for all primaries together, from what all of them have measured. Each router does so for itself."""
 
     def __init__(self, primaries: Callable[[], Sequence[Primary]], config: Callable[[], SpeculationConfig]) -> None:
         """Both are asked anew each time."""

@@ -128,6 +128,27 @@ def test_who_is_ready_waits_for_others_as_long_as_a_pass_of_all_saves_more() -> 
     assert drafting.select(names, alone=False).drafts.keys() == {"a"}, "a prompt runs, and a beside it"
 
 
+def test_who_is_aborted_while_waiting_for_others_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    link = ScriptedLink(tiny_drafter()[1], lambda *round: [])
+    drafting, clock = make(link=link, adapts=False)
+    for num_tokens in (1, 5, 6):
+        drafting.policy.observe_step(num_tokens, 0.10)  # a pass of all saves a whole one
+    begin(drafting, "held")
+    step(drafting, 0, 20, TEXT[20:21], name="held")
+    drafting.add("ready", a_request("seq-ready", TEXT[:20], 40, block_length=0))
+    step(drafting, 0, 20, TEXT[20:21], name="ready")
+    names = ["held", "ready"]
+    assert drafting.select(names, alone=True).held == set(names)
+    timeouts: list[float] = []
+    monkeypatch.setattr(drafting._arrived, "wait", timeouts.append)
+    drafting.wait(5.0)
+    drafting.finish(names)
+    clock.now_s = 60.0
+    drafting.wait(5.0)
+    assert 0 < timeouts[0] <= 0.10
+    assert timeouts[1] == 5.0
+
+
 def test_nobody_waits_where_nothing_is_measured_or_drafts_take_longer_than_a_pass() -> None:
     link = ScriptedLink(tiny_drafter()[1], lambda *round: [])
     drafting, _ = make(link=link, adapts=False)

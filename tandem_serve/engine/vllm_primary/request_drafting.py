@@ -127,6 +127,7 @@ class RequestDrafting:
 
     def finish(self, request_ids: Iterable[str]) -> None:
         """Requests that have ended, however. Unknown ones are ignored."""
+        self._ready_until_s = None  # it may have been they that waited: nobody is to wake up for them
         for request_id in request_ids:
             sequence = self._by_request.pop(request_id, None)
             if sequence is not None:
@@ -145,8 +146,9 @@ class RequestDrafting:
 
         alone: no prompts run beside them, which nobody should be kept from.
         """
-        selection, now_s = Selection(), self._clock()
+        selection, waits = Selection(), self._synchronous
         with self._costing_drafts_only():
+            now_s = self._clock()
             self._coordinator.receive(self._sequences, now_s)
             for request_id in decoding:
                 sequence = self._by_request.get(request_id)
@@ -156,7 +158,7 @@ class RequestDrafting:
                     selection.held.add(request_id)
                 elif drafts := self._coordinator.peek_drafts(sequence):
                     selection.drafts[request_id] = drafts
-        waits = self._synchronous or (alone and self._wait_pays(selection, len(decoding), now_s))
+            waits = waits or (alone and self._wait_pays(selection, len(decoding), now_s))
         return Selection(held=set(decoding)) if waits and selection.held else selection
 
     def _wait_pays(self, selection: Selection, num_decoding: int, now_s: float) -> bool:
