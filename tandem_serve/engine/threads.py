@@ -15,4 +15,4 @@ def yield_to_io() -> None:
     thread need not wait for the end of the engine's time slice. (On Linux a niceness belongs to a thread.)
     """
     with contextlib.suppress(OSError, AttributeError):  # another system, or a sandbox that forbids it
-        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
+        os.nice(_NICENESS)  # more, so that who runs the process at some niceness keeps the distance

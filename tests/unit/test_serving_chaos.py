@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 
+import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -44,13 +45,19 @@ async def test_the_network_delays_stalls_cuts_and_mends() -> None:
     link.set_weather(Weather(is_cut=True))
     with contextlib.suppress(ConnectionError):
         assert await asyncio.wait_for(reader.read(100), 10) == b""
-    _, refused = await asyncio.open_connection(host, int(port))
-    link.set_weather(FAIR)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    with contextlib.suppress(ConnectionError):
+        assert await said(b"nobody listens") == b""
+    link.set_weather(Weather(is_stalled=True), seconds=0.1)  # and then fair
     reader, writer = await asyncio.open_connection(host, int(port))
     assert await said(b"d") == b"d"
-    refused.close()
     writer.close()
     server.close()
+
+
+def chunk_of(token_id: int) -> dict[str, object]:
+    choice = {"index": 0, "text": "x", "finish_reason": None, "logprobs": None, "token_ids": [token_id]}
+    return {"id": "c", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
 
 
 class Moody:
@@ -77,9 +84,7 @@ class Moody:
                 return
             if turn == 4 and count == 2:
                 raise ConnectionResetError("the router dies")
-            choice = {"index": 0, "text": "x", "finish_reason": None, "logprobs": None, "token_ids": [position]}
-            chunk = {"id": "c", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
-            yield f"data: {json.dumps(chunk)}\n\n"
+            yield f"data: {json.dumps(chunk_of(position))}\n\n"
         yield "data: [DONE]\n\n"
 
 
@@ -97,6 +102,33 @@ async def test_the_client_goes_on_with_the_token_that_was_due() -> None:
     assert [len(body["prompt"]) for body in moody.bodies] == [3, 3, 3, 6, 8]  # type: ignore[arg-type]
     assert [body["max_tokens"] for body in moody.bodies] == [8, 8, 8, 5, 3]
     assert {body["seed"] for body in moody.bodies} == {7}
+
+
+async def test_a_pause_goes_from_token_to_token_whatever_breaks_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem_serve.serving.chaos.client._GAP_S", 0.0)
+
+    async def complete(request: Request) -> Response:
+        body = await request.json()
+        return StreamingResponse(events(len(body["prompt"])), media_type="text/event-stream")
+
+    async def events(position: int) -> AsyncIterator[str]:
+        if position == 3:
+            yield f"data: {json.dumps(chunk_of(position))}\n\n"
+            raise ConnectionResetError("the router dies")
+        yield f"data: {json.dumps(chunk_of(position))}\n\n"
+
+    app = FastAPI()
+    app.post("/v1/completions")(complete)
+    server = HttpServer(app, host="127.0.0.1", port=0)
+    await server.start()
+    client = ResumingClient(f"http://127.0.0.1:{server.port}")
+    delivery = await client.complete(Order((0, 1, 2), 2, 0.5, seed=7))
+    await client.close()
+    await server.stop(1.0)
+    assert delivery.token_ids == [3, 4]
+    assert delivery.num_resumptions == 1
+    (_, first), (since, _) = delivery.gaps
+    assert since == first
 
 
 def test_the_longest_pause_is_that_of_any_stream_in_the_time_asked_for() -> None:

@@ -36,7 +36,8 @@ class Delivery:
 
     token_ids: list[int] = field(default_factory=list)
     is_accepted: bool = False  # something came
-    num_resumptions: int = 0
+    last_token_s: float = field(default_factory=time.monotonic)  # at first, when it was ordered
+    num_resumptions: int = 0  # after it had been cut off with some of its text
     num_refusals: int = 0  # told to come back later (429)
     gaps: list[tuple[float, float]] = field(default_factory=list)  # pauses: from, to, on time.monotonic's clock
 
@@ -55,24 +56,23 @@ class ResumingClient:
     async def complete(self, order: Order) -> Delivery:
         """The whole completion; a part of it where the cluster stays dead for longer than this client is patient."""
         delivery = Delivery()
-        last = time.monotonic()
-        while len(delivery.token_ids) < order.max_tokens and time.monotonic() - last < self._patience_s:
+        while len(delivery.token_ids) < order.max_tokens:
+            if time.monotonic() - delivery.last_token_s > self._patience_s:
+                break
             num_before = len(delivery.token_ids)
             try:
-                last = await self._stream(order, delivery, last)
+                await self._stream(order, delivery)
             except openai.RateLimitError as error:
                 delivery.num_refusals += 1
                 await asyncio.sleep(float(error.response.headers.get("retry-after", 1)))
             except (openai.APIError, httpx.HTTPError):  # the connection, a router that has gone, or an error event
                 await asyncio.sleep(_RETRY_INTERVAL_S)
-            if num_before != len(delivery.token_ids):
-                last = time.monotonic()
-            if delivery.is_accepted and len(delivery.token_ids) < order.max_tokens:
+            if num_before < len(delivery.token_ids) < order.max_tokens:
                 delivery.num_resumptions += 1
         return delivery
 
-    async def _stream(self, order: Order, delivery: Delivery, last: float) -> float:
-        """One attempt at what is missing, perhaps cut short. The time of its last token."""
+    async def _stream(self, order: Order, delivery: Delivery) -> None:
+        """One attempt at what is missing, perhaps cut short."""
         stream = await self._client.completions.create(
             model="",
             prompt=[*order.prompt_token_ids, *delivery.token_ids],
@@ -86,12 +86,11 @@ class ResumingClient:
             extra = chunk.choices[0].model_extra or {}
             if extra["token_ids"]:
                 now = time.monotonic()
-                if now - last > _GAP_S:
-                    delivery.gaps.append((last, now))
-                last = now
+                if now - delivery.last_token_s > _GAP_S:
+                    delivery.gaps.append((delivery.last_token_s, now))
+                delivery.last_token_s = now
                 delivery.is_accepted = True
                 delivery.token_ids.extend(extra["token_ids"])
-        return last
 
 
 def longest_gap_s(deliveries: Sequence[Delivery], start: float, end: float) -> float:

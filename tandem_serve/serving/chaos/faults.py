@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from tandem_serve.serving.chaos.network import FAIR, Weather
+from tandem_serve.serving.chaos.network import Weather
 from tandem_serve.serving.chaos.recovery import LINKS, RECOVERY_TIMEOUT_S, Fault, look_at
 from tandem_serve.serving.chaos.simulation import Replica, Simulation, patiently
 
@@ -142,14 +142,13 @@ class FaultInjector:
         return _Hit(replica.replica_id)
 
     def _bad_weather(self, weather: Weather) -> _Hit:
-        replica = self._pick("drafter")
-        self._set_weather(replica, weather)
-        self._pause(self._rng.uniform(0.5, 3.0))
-        for each in self._simulation.replicas_by_pool()["drafter"]:
-            self._set_weather(each, FAIR)
+        """It clears up by itself, whatever becomes of this process's way to the replica."""
+        replica, seconds = self._pick("drafter"), self._rng.uniform(0.5, 3.0)
+        self._set_weather(replica, weather, seconds)
+        self._pause(seconds)
         return _Hit(f"before {replica.replica_id}")
 
-    def _set_weather(self, replica: Replica, weather: Weather) -> None:
+    def _set_weather(self, replica: Replica, weather: Weather, seconds: float) -> None:
         from ray import serve
 
         from tandem_serve.serving import app
@@ -163,7 +162,7 @@ class FaultInjector:
 
         def tell() -> None:
             if _lives(replica):  # one that has gone has no weather
-                self._drafters.set_weather.remote(weather, replica_id=replica.replica_id).result(timeout_s=10)
+                self._drafters.set_weather.remote(weather, seconds, replica_id=replica.replica_id).result(timeout_s=10)
 
         patiently(tell)
 

@@ -25,8 +25,8 @@ class FaultyDrafter(DrafterDeployment):
     def record_replica_metadata(self) -> dict[str, str]:
         return {ADDRESS: self._link.address}
 
-    async def set_weather(self, weather: Weather, replica_id: str | None = None) -> None:
-        self._link.set_weather(weather)
+    async def set_weather(self, weather: Weather, seconds: float, replica_id: str | None = None) -> None:
+        self._link.set_weather(weather, seconds)
 
 
 def faulty_drafter_app(args: Any) -> Application:

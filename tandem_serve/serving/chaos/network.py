@@ -29,17 +29,21 @@ class BadLink:
         self._weather = FAIR
         self._writers: set[asyncio.StreamWriter] = set()
         self._changed = asyncio.Event()
+        self._clearing: asyncio.TimerHandle | None = None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="bad link", daemon=True).start()
         starting = asyncio.start_server(self._accept, host, 0)
         self._server = asyncio.run_coroutine_threadsafe(starting, self._loop).result()
         self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
-    def set_weather(self, weather: Weather) -> None:
-        """From now on. Any thread."""
-        self._loop.call_soon_threadsafe(self._set_weather, weather)
+    def set_weather(self, weather: Weather, seconds: float | None = None) -> None:
+        """From now on, and after so many seconds fair again. Any thread."""
+        self._loop.call_soon_threadsafe(self._set_weather, weather, seconds)
 
-    def _set_weather(self, weather: Weather) -> None:
+    def _set_weather(self, weather: Weather, seconds: float | None = None) -> None:
+        if self._clearing is not None:
+            self._clearing.cancel()
+        self._clearing = None if seconds is None else self._loop.call_later(seconds, self._set_weather, FAIR)
         self._weather = weather
         self._changed.set()
         self._changed = asyncio.Event()
@@ -55,6 +59,10 @@ class BadLink:
             there, back = await asyncio.open_connection(self._target_host, self._target_port)
         except OSError:
             writer.transport.abort()
+            return
+        if self._weather.is_cut:  # by now
+            writer.transport.abort()
+            back.transport.abort()
             return
         ends = {writer, back}
         self._writers |= ends

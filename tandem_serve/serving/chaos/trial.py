@@ -120,7 +120,7 @@ def _report(
         "duration_s": round(time.monotonic() - started, 1),
         "accepted": len(accepted),
         "completed": len(whole),
-        "changed": sum(delivery.token_ids != calm[index].token_ids for index, delivery in whole),
+        "changed": sum(each.token_ids != calm[index].token_ids[: len(each.token_ids)] for index, each in accepted),
         "calm_incomplete": sum(len(c.token_ids) != o.max_tokens for c, o in zip(calm, orders, strict=True)),
         "never_accepted": len(taken) - len(accepted),
         "resumed_by_client": sum(delivery.num_resumptions for delivery in deliveries),
