@@ -71,7 +71,7 @@ class Admission:
         Raises:
             Overloaded: the queue is full, or became so in favour of others. There is nothing to release then.
         """
-        self._grant()  # there may be more primaries than before
+        self.refresh()
         if self._queues or not self._has_room(size):
             await self._wait(client, size)
         else:
@@ -86,7 +86,7 @@ class Admission:
         if self._ended_at_s is not None:
             seconds = (now - self._ended_at_s) / size
             self._seconds_per_end += _SMOOTHING * (seconds - self._seconds_per_end)
-        self._grant()
+        self.refresh()
         # Only while somebody waits does the time from one end to the next tell anything of the capacity.
         self._ended_at_s = now if self._queues else None
 
@@ -134,8 +134,8 @@ class Admission:
             sizes[greediest] -= victims[-1].size
         return victims
 
-    def _grant(self) -> None:
-        """Lets in whom there is room for."""
+    def refresh(self) -> None:
+        """Lets in whom there is room for: to be called when there are more primaries, or they may take more."""
         while self._queues:
             client = min(self._queues, key=lambda each: self._running[each])  # the first of equals
             waiter = self._queues[client][0]

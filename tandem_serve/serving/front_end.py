@@ -63,4 +63,5 @@ def build_front_end(
         overview=router.overview,
         metrics_targets=metrics_targets,
         api_keys=ApiKeys(pool.api_keys_file) if pool.api_keys_file else None,
+        capacity_changed=gate.refresh,
     )

@@ -51,6 +51,7 @@ class FrontEnd:
     overview: Callable[[], Awaitable[ClusterOverview]]
     metrics_targets: Callable[[], Sequence[Target]]  # where the replicas that it knows serve their metrics
     api_keys: ApiKeys | None = None  # None: open to all
+    capacity_changed: Callable[[], None] = lambda: None  # to be called when there may be room for who waits
 
 
 def create_app(front: FrontEnd) -> FastAPI:

@@ -84,6 +84,7 @@ class RouterDeployment:
         self._limits = RouterLimits.model_validate(user_config["limits"])
         self._admission = AdmissionConfig.model_validate(user_config["admission"])
         self._speculation = SpeculationConfig.model_validate(user_config["speculation"])
+        self._loop.call_soon_threadsafe(self._front_end.capacity_changed)
 
     async def Generate(
         self, message: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext
@@ -141,6 +142,7 @@ class RouterDeployment:
         self._router.set_primaries(
             {replica_id: ServePrimary(self._handles[PRIMARY], replica_id) for replica_id in found}
         )
+        self._front_end.capacity_changed()
 
     def _set_drafters(self, found: Replicas) -> None:
         self._found[DRAFTER] = found

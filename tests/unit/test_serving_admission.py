@@ -266,3 +266,15 @@ async def test_a_client_over_its_own_share_sends_nobody_else_away_for_longer() -
         await crowd.send(f"a{index}")
     await crowd.send("c0")
     assert crowd.refused["c0"].retry_after_s == 1.0
+
+
+async def test_a_primary_that_comes_lets_in_who_waits() -> None:
+    num_primaries = 1
+    crowd = Crowd(admission_of(lambda: num_primaries))
+    for name in ("a1", "a2", "a3", "b1", "b2"):
+        await crowd.send(name)
+    num_primaries = 2
+    crowd.admission.refresh()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert sorted(crowd.let_in) == ["a1", "a2", "b1", "b2"]
