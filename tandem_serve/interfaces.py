@@ -45,7 +45,7 @@ class Directable(Protocol):
     """A primary replica whose router decides how long its blocks are."""
 
     async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
-        """Hands over what has been decided (None: nothing yet) for what has been measured.
+        """Hands over what has been decided (None: nothing new) for what has been measured, and what it goes by then.
 
         None: this engine sees to its block lengths by itself. Raises Unavailable.
         """

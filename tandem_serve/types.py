@@ -243,6 +243,7 @@ class DraftingCosts:
     draft: tuple[CostPoint, ...]  # the wait for a block, by its drafts; ascending
     tried: tuple[float, ...]  # drafts by their place in the block, where those before were right
     right: tuple[float, ...]  # of those, how many were right
+    lengths: BlockLengths | None = None  # what it goes by; None: its own configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +251,8 @@ class BlockLengths:
     """How many drafts a round gets where its request does not say: by_batch[b - 1] with b sequences running.
 
     More than there are entries for get the last one. 0: none. Of probe_every[b - 1] rounds (0: of none) some do what is
-    not done otherwise, drafting or not drafting, to see whether that would be better by now.
+    not done otherwise, drafting or not drafting, to see whether that would be better by now. Without entries: each
+    primary goes by its own configuration.
     """
 
     by_batch: tuple[int, ...]

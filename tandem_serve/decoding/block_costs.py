@@ -99,7 +99,7 @@ def best_block_lengths(
 
     Args:
         measured: by primaries with the same models on the same hardware.
-        present: what they do now, which is kept where nothing promises GAIN.
+        present: what they go by now, which is kept where nothing promises GAIN.
 
     Returns:
         None where too little is known.
@@ -109,6 +109,7 @@ def best_block_lengths(
     if min(_weight(verify), _weight(draft)) < MIN_WEIGHT:
         return None
     step_s, wait_s = _curve(verify), _curve([CostPoint(0, 0.0, 0.0), *draft])  # hopeful about short blocks
+    longest = min(longest, 1 + max(len(costs.tried) for costs in known))  # step by step: no drafter may make more
     accepted = list(_accepted(known, longest))
 
     def seconds(batch: int, length: int) -> float:
@@ -132,6 +133,10 @@ def best_block_lengths(
     return BlockLengths(lengths, tuple(turn(batch, length) for batch, length in zip(batches, lengths, strict=True)))
 
 
+def _size(point: CostPoint) -> float:
+    return point.size
+
+
 def _weight(points: Sequence[CostPoint]) -> float:
     return sum(point.weight for point in points)
 
@@ -146,12 +151,13 @@ def _merged(curves: Iterable[Sequence[CostPoint]]) -> list[CostPoint]:
 
 def _curve(points: Sequence[CostPoint]) -> Callable[[float], float]:
     """Between two points as low as can be, so that what looks good there is tried, measured, and perhaps left again: a
-    roofline is flat at first and then in proportion. Below the first as low as that, above the last as steep as before.
+    roofline is flat at first and then in proportion. Below the first as low as that, above the last as steep as before:
+    over the last doubling, for between neighbours most of a difference is noise.
     """
     last = points[-1]
     slope = last.seconds / last.size / 2  # of a single point nobody knows
     if len(points) > 1:
-        before = points[-2]
+        before = max((each for each in points if each.size <= last.size / 2), key=_size, default=points[0])
         slope = (last.seconds - before.seconds) / (last.size - before.size)
         slope = min(max(slope, 0.0), last.seconds / last.size)
 

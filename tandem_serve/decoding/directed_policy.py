@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tandem_serve.decoding.block_costs import NUM_PROBES, PROBE_LENGTH, CostRecorder
 from tandem_serve.decoding.block_policy import BlockPlan, Round
@@ -22,7 +22,7 @@ class DirectedPolicy:
     """
 
     requested: RequestedPolicy
-    lengths: BlockLengths | None = None  # may be changed at any time, from any thread
+    lengths: BlockLengths | None = None  # see `direct`
     recorder: CostRecorder = field(default_factory=CostRecorder)
     _load: float = 0.0  # sequences running
     _round: int = 0  # of all sequences together
@@ -32,9 +32,11 @@ class DirectedPolicy:
         """See RequestedPolicy."""
         self.requested.set_default(default)
 
-    def costs(self) -> DraftingCosts:
-        """What the router decides by. Any thread."""
-        return self.recorder.costs()
+    def direct(self, lengths: BlockLengths | None) -> DraftingCosts:
+        """See interfaces.Directable. Any thread."""
+        if lengths is not None:
+            self.lengths = lengths if lengths.by_batch else None
+        return replace(self.recorder.costs(), lengths=self.lengths)
 
     def plan(self, request: GenerationRequest, num_requests_running: int) -> BlockPlan:
         """See BlockPolicy."""

@@ -14,21 +14,12 @@ _MAX_VALUE = 1e12
 
 
 def direct_drafting_request(lengths: BlockLengths | None) -> control_pb2.DirectDraftingRequest:
-    if lengths is None:
-        return control_pb2.DirectDraftingRequest()
-    return control_pb2.DirectDraftingRequest(by_batch=lengths.by_batch, probe_every=lengths.probe_every)
+    return control_pb2.DirectDraftingRequest(lengths=_lengths_message(lengths))
 
 
 def parse_direct_drafting_request(message: control_pb2.DirectDraftingRequest) -> BlockLengths | None:
     """Raises InvalidRequest."""
-    if len(message.probe_every) != len(message.by_batch):
-        raise InvalidRequest("probe_every needs an entry for each of by_batch", field="probe_every")
-    if not message.by_batch:
-        return None
-    fields.integer(len(message.by_batch), "by_batch", high=MAX_ENTRIES)
-    for length in message.by_batch:
-        fields.integer(length, "by_batch", high=MAX_BLOCK_LENGTH)
-    return BlockLengths(tuple(message.by_batch), tuple(message.probe_every))
+    return _lengths(message.lengths, "lengths") if message.HasField("lengths") else None
 
 
 def direct_drafting_response(costs: DraftingCosts | None) -> control_pb2.DirectDraftingResponse:
@@ -36,7 +27,11 @@ def direct_drafting_response(costs: DraftingCosts | None) -> control_pb2.DirectD
         return control_pb2.DirectDraftingResponse()
     return control_pb2.DirectDraftingResponse(
         costs=control_pb2.DraftingCosts(
-            verify=_messages(costs.verify), draft=_messages(costs.draft), tried=costs.tried, right=costs.right
+            verify=_messages(costs.verify),
+            draft=_messages(costs.draft),
+            tried=costs.tried,
+            right=costs.right,
+            lengths=_lengths_message(costs.lengths),
         )
     )
 
@@ -51,7 +46,23 @@ def parse_direct_drafting_response(message: control_pb2.DirectDraftingResponse) 
         draft=_points(costs.draft, "costs.draft"),
         tried=_numbers(costs.tried, "costs.tried"),
         right=_numbers(costs.right, "costs.right"),
+        lengths=_lengths(costs.lengths, "costs.lengths") if costs.lengths.by_batch else None,
     )
+
+
+def _lengths_message(lengths: BlockLengths | None) -> control_pb2.BlockLengths | None:
+    if lengths is None:
+        return None
+    return control_pb2.BlockLengths(by_batch=lengths.by_batch, probe_every=lengths.probe_every)
+
+
+def _lengths(message: control_pb2.BlockLengths, field: str) -> BlockLengths:
+    if len(message.probe_every) != len(message.by_batch):
+        raise InvalidRequest("probe_every needs an entry for each of by_batch", field=f"{field}.probe_every")
+    fields.integer(len(message.by_batch), f"{field}.by_batch", high=MAX_ENTRIES)
+    for length in message.by_batch:
+        fields.integer(length, f"{field}.by_batch", high=MAX_BLOCK_LENGTH)
+    return BlockLengths(tuple(message.by_batch), tuple(message.probe_every))
 
 
 def _messages(points: Iterable[CostPoint]) -> list[control_pb2.CostPoint]:

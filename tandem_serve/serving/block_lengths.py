@@ -1,9 +1,10 @@
-"""The router's say in how long blocks are: what primaries have measured goes in, what they are to do comes out."""
+"""The router's say in how long blocks are: what primaries have measured comes in, what they are to do goes out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from tandem_serve.config import SpeculationConfig
@@ -15,17 +16,20 @@ from tandem_serve.types import BlockLengths, DraftingCosts
 INTERVAL_S = 1.0
 _TIMEOUT_S = 2.0
 _MAX_BATCH = 128  # more sequences get what so many get
+_NONE = BlockLengths((), ())  # to each its own configuration
 
 logger = logging.getLogger(__name__)
 
 
 class BlockLengthControl:
-    """Decides for all primaries together, from what all of them have measured. Each router does so for itself."""
+    """Decides for all primaries together, from what all of them have measured.
+
+    Remembers nothing: what holds at present the primaries say. So several routers, and new ones, go on from the same.
+    """
 
     def __init__(self, primaries: Callable[[], Sequence[Primary]], config: Callable[[], SpeculationConfig]) -> None:
         """Both are asked anew each time."""
         self._primaries, self._config = primaries, config
-        self.lengths: BlockLengths | None = None  # what was decided last
 
     async def run(self) -> None:
         """Until it is cancelled. An unexpected error costs one round."""
@@ -37,23 +41,39 @@ class BlockLengthControl:
             await asyncio.sleep(INTERVAL_S)
 
     async def decide(self) -> None:
-        """One round: hands out what was decided last, and decides anew by what it hears."""
+        """One round: asks what rounds have cost, decides, and tells those that go by something else."""
+        primaries = [each for each in self._primaries() if isinstance(each, Directable)]
+        heard = await asyncio.gather(*(_direct(each, None) for each in primaries))
+        known = [costs for costs in heard if costs is not None]
+        present = _most_common([costs.lengths for costs in known if costs.lengths is not None])
+        lengths = self._best(known, present)
+        others = [
+            primary
+            for primary, costs in zip(primaries, heard, strict=True)
+            if costs is not None and (costs.lengths or _NONE) != lengths
+        ]
+        if lengths is None or not others:
+            return
+        await asyncio.gather(*(_direct(primary, lengths) for primary in others))
+        if present is None or present.by_batch != lengths.by_batch:
+            logger.info("block lengths by sequences running: %s", lengths)
+
+    def _best(self, known: Sequence[DraftingCosts], present: BlockLengths | None) -> BlockLengths | None:
+        """None: all as it is."""
         config = self._config()
         if not config.adapts:
-            self.lengths = None
-        heard = await asyncio.gather(
-            *(self._direct(each) for each in self._primaries() if isinstance(each, Directable))
-        )
-        known = [costs for costs in heard if costs is not None]
-        if config.adapts and known:
-            lengths = best_block_lengths(known, config.longest_block_length, _MAX_BATCH, self.lengths)
-            if lengths is not None and (self.lengths is None or self.lengths.by_batch != lengths.by_batch):
-                logger.info("block lengths by sequences running: %s", lengths)
-            self.lengths = lengths or self.lengths  # where those that know are silent: as before
+            return _NONE
+        lengths = best_block_lengths(known, config.longest_block_length, _MAX_BATCH, present)
+        return lengths or present  # one that has just come does as the others
 
-    async def _direct(self, primary: Directable) -> DraftingCosts | None:
-        """None where it does not answer, or decides by itself."""
-        try:
-            return await asyncio.wait_for(primary.direct(self.lengths), _TIMEOUT_S)
-        except (TandemError, TimeoutError):
-            return None
+
+def _most_common(lengths: Sequence[BlockLengths]) -> BlockLengths | None:
+    return next((most for most, _ in Counter(lengths).most_common(1)), None)
+
+
+async def _direct(primary: Directable, lengths: BlockLengths | None) -> DraftingCosts | None:
+    """None where it does not answer, or decides by itself."""
+    try:
+        return await asyncio.wait_for(primary.direct(lengths), _TIMEOUT_S)
+    except (TandemError, TimeoutError):
+        return None

@@ -78,8 +78,7 @@ class PrimaryReplica:
         """See interfaces.Directable."""
         if not isinstance(self._policy, DirectedPolicy):
             return None
-        self._policy.lengths = lengths
-        return self._policy.costs()
+        return self._policy.direct(lengths)
 
     async def generate(
         self, request: GenerationRequest, replica_id: str | None = None

@@ -58,10 +58,10 @@ class Directed(ScriptedPrimary):
     """Keeps what it is told, and answers with `costs`."""
 
     costs: DraftingCosts | None = None
-    lengths: BlockLengths | None = None
+    told: BlockLengths | None = None
 
     async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
-        self.lengths = lengths
+        self.told = lengths
         return self.costs
 
 
@@ -69,11 +69,15 @@ async def test_block_lengths_arrive_and_costs_come_back() -> None:
     primary = Directed()
     async with served(primary) as client:
         assert await client.direct(BlockLengths((4, 0), (64, 1000))) is None
-        assert primary.lengths == BlockLengths((4, 0), (64, 1000))
+        assert primary.told == BlockLengths((4, 0), (64, 1000))
         point = CostPoint(3.5, 0.25, 17.0)
         primary.costs = DraftingCosts((point, point), (point,), (3.0, 2.0), (2.0, 0.5))
         assert await client.direct(None) == primary.costs
-        assert primary.lengths is None
+        primary.costs = replace(primary.costs, lengths=BlockLengths((3,), (64,)))
+        assert await client.direct(BlockLengths((), ())) == primary.costs
+        assert primary.told == BlockLengths((), ())
+        assert await client.direct(None) == primary.costs
+        assert primary.told is None
         with pytest.raises(InvalidRequest, match="by_batch"):
             await client.direct(BlockLengths((65,), (64,)))
         with pytest.raises(InvalidRequest, match="probe_every"):

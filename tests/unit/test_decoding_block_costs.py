@@ -62,7 +62,7 @@ class World:
             now += step_s + draft_s
             if now - decided >= 1.0:
                 decided = now
-                policy.lengths = best_block_lengths([policy.costs()], LONGEST, MAX_BATCH, policy.lengths)
+                policy.lengths = best_block_lengths([policy.direct(None)], LONGEST, MAX_BATCH, policy.lengths)
         return tokens / now
 
     def _noise(self) -> float:

@@ -124,6 +124,12 @@ class DrafterLinkStatus(_message.Message):
     def __init__(self, address: _Optional[str] = ..., state: _Optional[_Union[LinkState, str]] = ...) -> None: ...
 
 class DirectDraftingRequest(_message.Message):
+    __slots__ = ("lengths",)
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    lengths: BlockLengths
+    def __init__(self, lengths: _Optional[_Union[BlockLengths, _Mapping]] = ...) -> None: ...
+
+class BlockLengths(_message.Message):
     __slots__ = ("by_batch", "probe_every")
     BY_BATCH_FIELD_NUMBER: _ClassVar[int]
     PROBE_EVERY_FIELD_NUMBER: _ClassVar[int]
@@ -138,16 +144,18 @@ class DirectDraftingResponse(_message.Message):
     def __init__(self, costs: _Optional[_Union[DraftingCosts, _Mapping]] = ...) -> None: ...
 
 class DraftingCosts(_message.Message):
-    __slots__ = ("verify", "draft", "tried", "right")
+    __slots__ = ("verify", "draft", "tried", "right", "lengths")
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     TRIED_FIELD_NUMBER: _ClassVar[int]
     RIGHT_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
     verify: _containers.RepeatedCompositeFieldContainer[CostPoint]
     draft: _containers.RepeatedCompositeFieldContainer[CostPoint]
     tried: _containers.RepeatedScalarFieldContainer[float]
     right: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, verify: _Optional[_Iterable[_Union[CostPoint, _Mapping]]] = ..., draft: _Optional[_Iterable[_Union[CostPoint, _Mapping]]] = ..., tried: _Optional[_Iterable[float]] = ..., right: _Optional[_Iterable[float]] = ...) -> None: ...
+    lengths: BlockLengths
+    def __init__(self, verify: _Optional[_Iterable[_Union[CostPoint, _Mapping]]] = ..., draft: _Optional[_Iterable[_Union[CostPoint, _Mapping]]] = ..., tried: _Optional[_Iterable[float]] = ..., right: _Optional[_Iterable[float]] = ..., lengths: _Optional[_Union[BlockLengths, _Mapping]] = ...) -> None: ...
 
 class CostPoint(_message.Message):
     __slots__ = ("size", "seconds", "weight")
