@@ -1,10 +1,12 @@
 """The router's block lengths against fixed ones, at a running cluster and several loads.
 
     tandem-serve up deployments/demo.yaml       # with router: {speculation: {adapts: true}}, in the same terminal
-    python benchmarks/block_lengths.py --loads 1,4,16,32 --fixed 0,2,5 --seconds 10 --json runs/block-lengths.json
+    python benchmarks/block_lengths.py --loads 1,4,16,32 --fixed 0,2,5 --json runs/block-lengths.json
 
-Each load: the contenders by turns, `--turns` times; nobody streams, so that clients cost little. Before each load the
-router gets a few seconds to find out. Tokens a second, medians of the turns.
+Each load: the contenders by turns, `--turns` times, each turn beginning with another one; in a turn all get the same
+requests, about `--seconds` of them. Nobody streams, so that clients cost little. Before each load the router gets a few
+seconds to find out. Tokens a second are medians of the turns, and so is the ratio: a machine is not equally fast from
+minute to minute, the contenders of one turn meet it alike.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +32,27 @@ Prompts = Sequence[tuple[int, ...]]
 
 
 async def throughput(
-    url: str, prompts: Prompts, num_clients: int, seconds: float, max_tokens: int, block_length: int | None
+    url: str, prompts: Prompts, num_clients: int, requests: Iterable[int], max_tokens: int, block_length: int | None
 ) -> float:
-    """Tokens a second that so many clients get, each with one request at a time. None: the router decides."""
+    """Tokens a second that so many clients get with these requests each, one at a time. None: the router decides."""
     tokens = 0
     started = time.monotonic()
+    numbers = list(requests)
 
     async def client(number: int, api: httpx.AsyncClient) -> None:
         nonlocal tokens
-        turn = 0
-        while time.monotonic() - started < seconds:
+        for request in numbers:
             body: dict[str, Any] = {
                 "model": "",
-                "prompt": prompts[(number + turn * num_clients) % len(prompts)],
+                "prompt": prompts[(number + request * num_clients) % len(prompts)],
                 "max_tokens": max_tokens,
                 "temperature": 0.8 * (number % 2),
-                "seed": turn,
+                "seed": request,
                 "ignore_eos": True,
                 "speculation": {} if block_length is None else {"block_length": block_length},
             }
             answer = await api.post(f"{url}/v1/completions", json=body)
             tokens += answer.raise_for_status().json()["usage"]["completion_tokens"]
-            turn += 1
 
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as api:
         await asyncio.gather(*(client(number, api) for number in range(num_clients)))
@@ -61,21 +62,37 @@ async def throughput(
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = resolve_folder(options.model)
     prompts = load_prompts("heldout", "", 64, load_tokenizer(model), model, 64)
-    contenders = {f"fixed-{length}": length for length in options.fixed} | {ROUTER: None}
+    contenders = [*options.fixed, None]
     loads = {}
     for load in options.loads:
-        await throughput(options.url, prompts, load, options.settle_seconds, options.max_tokens, None)
-        runs: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(options.turns):
-            for name, length in contenders.items():
-                runs[name].append(
-                    await throughput(options.url, prompts, load, options.seconds, options.max_tokens, length)
-                )
-        rates = {name: round(statistics.median(values), 1) for name, values in runs.items()}
-        best = max(rate for name, rate in rates.items() if name != ROUTER)
-        loads[str(load)] = {"tokens_per_s": rates, "router_to_best_fixed": round(rates[ROUTER] / best, 3)}
+
+        async def rate(requests: Iterable[int], length: int | None, load: int = load) -> float:
+            return await throughput(options.url, prompts, load, requests, options.max_tokens, length)
+
+        settled_at = time.monotonic() + options.settle_seconds
+        while time.monotonic() < settled_at:
+            pace = await rate(range(1), None)
+        num_requests = max(round(pace * options.seconds / (load * options.max_tokens)), 1)
+        runs: dict[int | None, list[float]] = {length: [] for length in contenders}
+        for turn in range(options.turns):
+            first = turn % len(contenders)
+            for length in [*contenders[first:], *contenders[:first]]:
+                runs[length].append(await rate(range(turn * num_requests, (turn + 1) * num_requests), length))
+        loads[str(load)] = _compared(runs)
         print(load, json.dumps(loads[str(load)]), flush=True)
     return loads
+
+
+def _compared(runs: Mapping[int | None, Sequence[float]]) -> dict[str, Any]:
+    """The router (None) against the fixed length that is best in the median."""
+    medians = {length: statistics.median(rates) for length, rates in runs.items()}
+    best = max((length for length in runs if length is not None), key=medians.__getitem__)
+    ratios = [router / fixed for router, fixed in zip(runs[None], runs[best], strict=True)]
+    return {
+        "tokens_per_s": {ROUTER if n is None else f"fixed-{n}": round(rate, 1) for n, rate in medians.items()},
+        "router_to_best_fixed": round(statistics.median(ratios), 3),
+        "by_turn": [round(ratio, 3) for ratio in ratios],
+    }
 
 
 def main() -> None:
@@ -84,9 +101,9 @@ def main() -> None:
     parser.add_argument("--model", default="models/demo/primary", help="whose held-out text prompts are cut from")
     parser.add_argument("--loads", type=_integers, default=[1, 4, 16, 32])
     parser.add_argument("--fixed", type=_integers, default=[0, 2, 5])
-    parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each turn")
-    parser.add_argument("--settle-seconds", type=float, default=5.0)
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each contender's part in a turn")
+    parser.add_argument("--settle-seconds", type=float, default=12.0)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

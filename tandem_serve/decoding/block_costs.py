@@ -18,6 +18,7 @@ from tandem_serve.types import BlockLengths, CostPoint, DraftingCosts
 COST_DECAY = 0.98  # of what a sample weighs, with each later one of its size
 ACCEPTANCE_DECAY = 0.995  # whether a draft is right says less than a time does
 GAIN = 1.02  # another length has to promise so much more than the present one: near a crossing nothing flaps
+DRAFTS_PAY = 1.03  # drafts have to bring so much more than none: they are another pool's work, and messages besides
 MIN_WEIGHT = 4.0  # of all samples of a kind, before anything is concluded
 PRIOR_ACCEPTANCE, PRIOR_DRAFTS = 0.6, 4.0  # of a place in the block that has not been tried, and what that weighs
 PROBE_LENGTH, NUM_PROBES = 2, 2  # drafts of a probe where none are made else; rounds in a row that probe
@@ -118,10 +119,13 @@ def best_block_lengths(
     def rate(batch: int, length: int) -> float:
         return (1 + accepted[length]) / seconds(batch, length)
 
+    def worth(batch: int, length: int) -> float:
+        return rate(batch, length) / (DRAFTS_PAY if length else 1)
+
     def best(batch: int) -> int:
-        found = max(range(longest + 1), key=lambda length: rate(batch, length))
+        found = max(range(longest + 1), key=lambda length: worth(batch, length))
         now = min(present.at(batch)[0], longest) if present is not None else 0
-        return found if rate(batch, found) >= GAIN * rate(batch, now) else now
+        return found if worth(batch, found) >= GAIN * worth(batch, now) else now
 
     def turn(batch: int, length: int) -> int:
         probed = 0 if length else min(PROBE_LENGTH, longest)
