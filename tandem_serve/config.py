@@ -206,6 +206,14 @@ class SpeculationConfig(_Part):
         return self
 
 
+class PairingConfig(_Part):
+    """Which primary a sequence gets: the least busy one, or one that has its prompt's beginning in its cache."""
+
+    prefix_tokens: int | None = Field(None, ge=0)  # prompts that share so many go to one primary; 0: never; None: 64
+    # with vLLM, which caches prefixes, else never
+    prefix_slack: int = Field(4, ge=0)  # sequences that such a primary may have more than the least busy one
+
+
 class RouterPool(Pool):
     """The ingress: HTTP and gRPC."""
 
@@ -219,6 +227,7 @@ class RouterPool(Pool):
     api_keys_file: str | None = None  # from `tandem-serve keys new`, read again when it changes. None: open to all
     admission: AdmissionConfig = AdmissionConfig()
     speculation: SpeculationConfig = SpeculationConfig()
+    pairing: PairingConfig = PairingConfig()
     request_timeout_s: float | None = Field(None, gt=0)
     max_ongoing_requests: int = Field(1024, ge=1)
 

@@ -278,6 +278,7 @@ class PrimaryStatus:
     num_requests_waiting: int
     kv_cache_usage: float  # share of the KV budget reserved, 0..1
     drafters: tuple[tuple[str, str], ...] = ()  # (address, link state)
+    round_trips: tuple[tuple[str, float], ...] = ()  # (address, seconds) of drafters that have answered of late
 
 
 # ------------------------------------------------------------------ primary -> drafter

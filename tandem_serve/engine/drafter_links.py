@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from tandem_serve.types import DrafterInfo, PrimaryInfo
 _log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 5.0  # how often a drafter that does not answer is given a new sequence, to see
+_SMOOTHING = 0.1  # of round trips
+_LATE_S = 30.0  # a round trip that was measured longer ago says nothing of the next one
 MAX_UNLISTED_LINKS = 32  # that requests have opened; each is a thread
 
 
@@ -22,10 +25,20 @@ class DrafterPeer:
     link: DrafterLink
     num_attached: int = 0  # sequences that draft there
     num_naming: int = 0  # sequences that wish for it, whether they draft there or not
+    num_surplus: int = 0  # of those, how many had better go to a drafter that has come since
+    is_new: bool = True  # nothing has been shared with it since it became ready
     is_known: bool = True  # False: no new pairings; closed once its last sequence has left
     is_listed: bool = True  # False: a request has named it, and it stays for as long as it is of use
     is_refusal_logged: bool = False
+    round_trip_s: float | None = None  # beside drafting itself; the mean of the last ones
+    answered_at_s: float = 0.0
     next_probe_s: float | None = None  # it has missed a deadline and not answered since: no new sequences until then
+
+    def observe_round_trip(self, seconds: float, now_s: float) -> None:
+        """One block has come."""
+        last = seconds if self.round_trip_s is None else self.round_trip_s
+        self.round_trip_s = last + _SMOOTHING * (seconds - last)
+        self.answered_at_s = now_s
 
     def ready_info(self) -> DrafterInfo | None:
         """Its handshake where it can be used now, else None."""
@@ -119,9 +132,20 @@ class DrafterLinks:
             picked.next_probe_s = now_s + PROBE_INTERVAL_S
         return picked
 
+    def share_with_newcomers(self) -> None:
+        """Where a listed drafter has become ready, the others have a surplus: what is beyond everybody's share."""
+        usable = [drafter for drafter in self if drafter.is_known and drafter.ready_info() is not None]
+        if not any(drafter.is_new and drafter.is_listed for drafter in usable):
+            return
+        share = math.ceil(sum(drafter.num_attached for drafter in usable) / len(usable))
+        for drafter in usable:
+            drafter.is_new = False
+            drafter.num_surplus = max(drafter.num_attached - share, 0)
+
     def leave(self, drafter: DrafterPeer) -> None:
         """One sequence no longer drafts there."""
         drafter.num_attached -= 1
+        drafter.num_surplus = max(drafter.num_surplus - 1, 0)
         self._close_if_unused(drafter)
 
     def tend(self) -> None:
@@ -131,11 +155,17 @@ class DrafterLinks:
             if is_refused and not drafter.is_refusal_logged:
                 _log.warning("drafter %s refused this primary; it is not used", drafter.link.address)
             drafter.is_refusal_logged = is_refused
+            drafter.is_new |= drafter.link.state is not LinkState.READY
             self._close_if_unused(drafter)
 
     def states(self) -> tuple[tuple[str, str], ...]:
         """(address, link state) of each; safe from any thread."""
         return tuple((address, drafter.link.state.value) for address, drafter in list(self._drafters.items()))
+
+    def round_trips(self, now_s: float) -> tuple[tuple[str, float], ...]:
+        """(address, seconds) of those that have answered of late; safe from any thread."""
+        found = ((address, each.round_trip_s, each.answered_at_s) for address, each in list(self._drafters.items()))
+        return tuple((address, mean) for address, mean, at in found if mean is not None and now_s - at < _LATE_S)
 
     def close(self) -> None:
         for drafter in self:

@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 COOLDOWN_ROUNDS = 8  # after a missed deadline; doubles with each further miss
 MAX_COOLDOWN_ROUNDS = 64
+MIN_MOVE_TOKENS = 32  # that a sequence may still have, for another drafter to be shown all of it
 MAX_REJECTIONS = 3  # retryable ones without a block in between, before a sequence stops trying
 REJECTION_COOLDOWN_ROUNDS = 4  # so that two sequences do not take each other's place at a full drafter all the time
 MAX_EXTEND_BYTES = 4 << 20  # of one sequence in one message: a long log goes out over several steps
@@ -122,9 +123,8 @@ class DraftCoordinator:
         sequence.why_alone = cause
         self.memory.release(spec.log)
         if (attachment := spec.attachment) is not None:
-            if attachment.is_open and not _is_lost(attachment):
-                close = CloseSequence(sequence.request.request_id, attachment.incarnation)
-                self._outbox.close_sequence(attachment.drafter, attachment.epoch, close)
+            if not _is_lost(attachment):
+                self._close(sequence, attachment)
             self._links.leave(attachment.drafter)
         if spec.named is not None:
             self._links.unname(spec.named)
@@ -143,6 +143,7 @@ class DraftCoordinator:
     def receive(self, sequences: Mapping[str, Sequence], now_s: float) -> None:
         """Takes in what drafters have sent, and lets go of drafters that have gone."""
         self._links.tend()
+        self._links.share_with_newcomers()
         for drafter in list(self._links):
             for event in drafter.link.receive():
                 drafter.next_probe_s = None  # it answers
@@ -228,7 +229,9 @@ class DraftCoordinator:
                 spec.num_rejections = 0
                 waited_s = now_s - attachment.asked_at_s
                 self._metrics.draft_wait.observe(waited_s)
-                self._metrics.round_trip.observe(max(waited_s - event.draft_time_s, 0.0))
+                round_trip_s = max(waited_s - event.draft_time_s, 0.0)
+                self._metrics.round_trip.observe(round_trip_s)
+                drafter.observe_round_trip(round_trip_s, now_s)
                 self._metrics.draft_time.observe(event.draft_time_s)
                 # A link that works on this very thread delivers at the time that it was asked.
                 attachment.draft_s = max(now_s - attachment.asked_at_s, event.draft_time_s)
@@ -245,6 +248,12 @@ class DraftCoordinator:
         drafts = block.draft_token_ids[:num_asked]
         valid = itertools.takewhile(lambda token_id: 0 <= token_id < self._primary.vocab_size, drafts)
         return tuple(valid)
+
+    def _close(self, sequence: Sequence, attachment: Attachment) -> None:
+        """Has a drafter that is there forget the sequence."""
+        if attachment.is_open:
+            close = CloseSequence(sequence.request.request_id, attachment.incarnation)
+            self._outbox.close_sequence(attachment.drafter, attachment.epoch, close)
 
     def _detach(self, sequence: Sequence, spec: Speculation, cause: WithoutDraft) -> None:
         """Leaves a drafter that does not know the sequence any more."""
@@ -265,6 +274,7 @@ class DraftCoordinator:
             spec = sequence.speculation
             if spec is None or spec.cooldown_rounds:
                 continue
+            self._move_on(sequence, spec, now_s)
             attachment = spec.attachment or self._attach(sequence, spec, now_s)
             # Lost since `receive`: there may be another drafter behind the link by now, with other taps.
             if attachment is not None and not attachment.num_asked and not _is_lost(attachment):
@@ -274,21 +284,38 @@ class DraftCoordinator:
             self._speak(sequence, spec, attachment, len(sequences), now_s)
         return self._outbox.flush()
 
+    def _move_on(self, sequence: Sequence, spec: Speculation, now_s: float) -> None:
+        """To a drafter that has come since, where its own has a surplus and there is enough left to be worth it."""
+        attachment = spec.attachment
+        if attachment is None or attachment.drafter.num_surplus == 0 or attachment.num_asked or spec.log.start > 0:
+            return
+        if sequence.num_remaining < MIN_MOVE_TOKENS or _is_lost(attachment):
+            return
+        drafter = self._pick(sequence, spec, None, now_s)
+        if drafter is None or drafter.num_attached + 1 >= attachment.drafter.num_attached:
+            attachment.drafter.num_surplus = 0  # it has come down by itself
+            return
+        self._close(sequence, attachment)
+        self._detach(sequence, spec, WithoutDraft.NO_DRAFTER)
+        self._attach_to(drafter, sequence, spec)
+
     def _attach(self, sequence: Sequence, spec: Speculation, now_s: float) -> Attachment | None:
         """Finds a drafter for a sequence that has none."""
         if spec.log.start > 0:
             self.end(sequence, WithoutDraft.EVICTED)
             return None
-
-        def fits(info: DrafterInfo) -> bool:
-            return spec.log.covers(info.taps) and info.max_model_len > len(sequence.token_ids)
-
-        drafter = self._links.pick(sequence.request.drafter_address, fits, now_s)
+        drafter = self._pick(sequence, spec, sequence.request.drafter_address, now_s)
         if drafter is None:
             sequence.why_alone = WithoutDraft.NO_DRAFTER
             return None
+        return self._attach_to(drafter, sequence, spec)
+
+    def _pick(self, sequence: Sequence, spec: Speculation, preferred: str | None, now_s: float) -> DrafterPeer | None:
+        return self._links.pick(preferred, lambda info: _fits(info, sequence, spec), now_s)
+
+    def _attach_to(self, drafter: DrafterPeer, sequence: Sequence, spec: Speculation) -> Attachment | None:
         epoch, info = drafter.link.epoch, drafter.link.info  # in this order: whatever changes after is another epoch
-        if info is None or not fits(info):
+        if info is None or not _fits(info, sequence, spec):
             return None
         drafter.num_attached += 1
         spec.attachment = Attachment(drafter, epoch, info, next(self._incarnations))
@@ -365,6 +392,11 @@ class DraftCoordinator:
         if sequence.is_standalone:
             return min(longest, sequence.num_remaining)
         return min(longest, sequence.num_remaining - 1, self._config.max_num_batched_tokens - 1)
+
+
+def _fits(info: DrafterInfo, sequence: Sequence, spec: Speculation) -> bool:
+    """Whether a drafter can be started on what is remembered of a sequence."""
+    return spec.log.covers(info.taps) and info.max_model_len > len(sequence.token_ids)
 
 
 def _is_lost(attachment: Attachment) -> bool:

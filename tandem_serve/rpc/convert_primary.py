@@ -240,13 +240,16 @@ def parse_generate_tokens_response(message: control_pb2.GenerateTokensResponse, 
 
 
 def primary_status_response(info: PrimaryInfo, status: PrimaryStatus) -> control_pb2.GetPrimaryStatusResponse:
+    round_trips = dict(status.round_trips)
     return control_pb2.GetPrimaryStatusResponse(
         primary=primary_model(info),
         num_requests_running=status.num_requests_running,
         num_requests_waiting=status.num_requests_waiting,
         kv_cache_usage=status.kv_cache_usage,
         drafters=[
-            control_pb2.DrafterLinkStatus(address=address, state=_LINK_STATES[state])
+            control_pb2.DrafterLinkStatus(
+                address=address, state=_LINK_STATES[state], round_trip_s=round_trips.get(address)
+            )
             for address, state in status.drafters
         ],
     )
@@ -260,4 +263,7 @@ def parse_primary_status_response(
         num_requests_waiting=message.num_requests_waiting,
         kv_cache_usage=message.kv_cache_usage,
         drafters=tuple((link.address, _STATE_NAMES.get(link.state, "unknown")) for link in message.drafters),
+        round_trips=tuple(
+            (link.address, link.round_trip_s) for link in message.drafters if link.HasField("round_trip_s")
+        ),
     )

@@ -38,7 +38,8 @@ GRPC_SERVICER_FUNCTIONS = [
 P = TypeVar("P", bound=Pool)
 AnyPool = PrimaryPool | DrafterPool | RouterPool
 
-ROUTER_PARTS = ("limits", "admission", "speculation")  # that a running router takes
+PREFIX_TOKENS = 64  # of a prompt that primaries which cache prefixes are told apart by
+ROUTER_PARTS = ("limits", "admission", "speculation", "pairing")  # that a running router takes
 METRICS = {"metrics_interval_s": 1, "look_back_period_s": 3}  # of what replicas report for autoscaling
 LOGGING = {"enable_access_log": False}  # a line a request costs more than the request's share of a step
 
@@ -181,7 +182,7 @@ def applications(config: ClusterConfig) -> list[ClusterApplication]:
         drafter_args = DrafterArgs(pool=config.drafter, observability=observability)
         found.append(ClusterApplication(drafter, drafter_app, drafter_args))
     router_args = RouterArgs(
-        pool=_with_share(config),
+        pool=_told_of_primaries(config),
         model=config.primary.model,
         primary_application=primary,
         drafter_application=drafter,
@@ -190,13 +191,19 @@ def applications(config: ClusterConfig) -> list[ClusterApplication]:
     return [*found, ClusterApplication(router, router_app, router_args, route_prefix="/")]
 
 
-def _with_share(config: ClusterConfig) -> RouterPool:
-    """The router pool, told how many sequences of one primary are each router's."""
+def _told_of_primaries(config: ClusterConfig) -> RouterPool:
+    """The router pool, told how many sequences of one primary are each router's, and whether it caches prefixes."""
     router, share = config.router, config.router.admission.max_running_per_primary
     if share is None:
         share = max(config.primary.engine.max_num_seqs // router.num_replicas, 1)
+    prefix_tokens = router.pairing.prefix_tokens
+    if prefix_tokens is None:
+        prefix_tokens = PREFIX_TOKENS if config.primary.engine.engine == "vllm" else 0
     return router.model_copy(
-        update={"admission": router.admission.model_copy(update={"max_running_per_primary": share})}
+        update={
+            "admission": router.admission.model_copy(update={"max_running_per_primary": share}),
+            "pairing": router.pairing.model_copy(update={"prefix_tokens": prefix_tokens}),
+        }
     )
 
 

@@ -22,10 +22,11 @@ class DiscoveryRouter(FIFOMixin, RequestRouter):
     """
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        from tandem_serve.serving.registry import REGISTRY
+        from tandem_serve.serving.registry import NODE, REGISTRY
 
         super().update_replicas(replicas)
-        REGISTRY.publish(self.app_name, {r.replica_id.unique_id: r.replica_metadata for r in replicas})
+        found = {r.replica_id.unique_id: {**r.replica_metadata, NODE: r.node_id} for r in replicas}
+        REGISTRY.publish(self.app_name, found)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

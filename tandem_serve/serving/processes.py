@@ -110,13 +110,14 @@ async def run_router(
 
     stopped = _stop_event()
     tracing = _observed(observability, "router")
-    router = PairingRouter(spans=tracing.sink)
+    router = PairingRouter(spans=tracing.sink, pairing=lambda: pool.pairing)
     targets: list[Target] = []  # of the other processes' metrics it knows nothing
     front_end = build_front_end(pool, model, router, tracing, lambda: targets)
     tls = _tls(pool.tls_folder)
     clients = {address: GrpcPrimary(address, tls) for address in primary_addresses}
     router.set_primaries(clients)
     router.set_drafters(drafter_addresses)
+    router.set_nodes({each: each.rpartition(":")[0] for each in (*primary_addresses, *drafter_addresses)})
     with _clear_port_errors():
         http = HttpServer(EchoRequestId(create_app(front_end)), host=pool.host, port=pool.http_port)
         grpc = InferenceServer(
@@ -127,12 +128,14 @@ async def run_router(
         )
         metrics = _export(front_end.metrics.registry, pool.host, metrics_port)
     targets += [] if metrics is None else [Target(metrics.address, {"pool": "router"})]
-    control = asyncio.create_task(BlockLengthControl(router.primaries, lambda: pool.speculation).run())
+    control = BlockLengthControl(router.primaries, lambda: pool.speculation)
+    watching = [asyncio.create_task(control.run()), asyncio.create_task(router.watch())]
     await http.start()
     await grpc.start()
     announce(f"router listening on http://{pool.host}:{http.port} and grpc://{grpc.address}{_where(metrics)}")
     await stopped.wait()
-    control.cancel()
+    for task in watching:
+        task.cancel()
     await asyncio.gather(http.stop(DRAIN_TIMEOUT_S), grpc.stop(DRAIN_TIMEOUT_S))
     for client in clients.values():
         await client.close()

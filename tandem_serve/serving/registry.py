@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PRIMARY, DRAFTER, ROUTER = "Primary", "Drafter", "Router"  # deployments; each is the only one of its application
 ADDRESS = "address"  # of a drafter's metadata: where it drafts
+NODE = "node"  # of every replica's metadata, added by discovery: Ray's id of the node that it runs on
 METRICS = "metrics"  # of every replica's metadata: where it serves them, if it does
 
 Replicas = Mapping[str, Mapping[str, Any]]  # replica id -> what it published of itself
@@ -100,3 +101,13 @@ def metrics_targets(pool: str, found: Replicas) -> list[Target]:
 def drafter_addresses(found: Replicas) -> list[str]:
     """Where the drafters listen."""
     return [metadata[ADDRESS] for metadata in found.values() if ADDRESS in metadata]
+
+
+def nodes(found: Replicas) -> dict[str, str]:
+    """The node of each replica, by its id, and of drafters by their address."""
+    return {
+        name: metadata[NODE]
+        for replica_id, metadata in found.items()
+        if NODE in metadata
+        for name in (replica_id, metadata.get(ADDRESS, replica_id))
+    }

@@ -1,74 +1,28 @@
-"""Pairing: which primary and which drafter a sequence gets, and who takes over when a primary dies.
+"""A Primary made of many: sequences are paired (pairing.py), and another primary takes over when one dies.
 
-Pure logic over interfaces.Primary; how replicas are reached and discovered is told from outside. Loads are this
-router's own counts: exact for one router, and with several a fair sample.
+Pure logic over interfaces.Primary; how replicas are reached and discovered is told from outside.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncGenerator, Container, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
+from tandem_serve.config import PairingConfig
 from tandem_serve.errors import Overloaded, RequestAborted, TandemError, Unavailable
 from tandem_serve.interfaces import Primary
+from tandem_serve.serving.pairing import Pairing, Pool
 from tandem_serve.tracing import SpanSink, TraceContext, discard, spanning
 from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryInfo, PrimaryStatus
 
 _RETRY_INTERVAL_S = 0.2  # between rounds over all primaries, while none can serve
 _STATUS_TIMEOUT_S = 2.0
+_MEASURES_INTERVAL_S = 2.0  # between looks at what primaries measure
 
 logger = logging.getLogger(__name__)
-
-
-class Pool:
-    """The members of a pool and how many sequences each carries for this router."""
-
-    def __init__(self) -> None:
-        self._members: tuple[str, ...] = ()
-        self._running: Counter[str] = Counter()  # those of members that have left too, until they end
-        self._turns: Counter[str] = Counter()
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        return self._members
-
-    def num_running(self, member: str) -> int:
-        return self._running[member]
-
-    def set_members(self, members: Iterable[str]) -> None:
-        """Who may get new sequences. Those that run elsewhere go on."""
-        self._members = tuple(sorted(set(members)))
-        newcomers_turn = min((self._turns[m] for m in self._members if m in self._turns), default=0)
-        self._turns = Counter({m: self._turns.get(m, newcomers_turn) for m in self._members})
-
-    def pick(self, exclude: Container[str] = ()) -> str | None:
-        """The least loaded member; of equals the one that has had the fewest turns. None where there is none."""
-        candidates = [member for member in self._members if member not in exclude]
-        return min(candidates, key=lambda member: (self._running[member], self._turns[member]), default=None)
-
-    @contextmanager
-    def carrying(self, member: str | None) -> Iterator[None]:
-        """Counts one sequence on a member (None: on nobody) while the block runs."""
-        if member is None:
-            yield
-            return
-        self.start(member)
-        try:
-            yield
-        finally:
-            self.end(member)
-
-    def start(self, member: str) -> None:
-        """One more sequence on a member."""
-        self._running[member] += 1
-        self._turns[member] += 1
-
-    def end(self, member: str) -> None:
-        self._running[member] -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +52,27 @@ class ClusterOverview:
 
 
 class PairingRouter:
-    """A Primary made of many: each sequence runs on the least-loaded primary, paired with the least-loaded drafter.
+    """A Primary made of many: each sequence runs on one of them, paired with a drafter.
 
     A primary that fails in mid-sequence is replaced: another one is given the prompt and all tokens delivered so far,
     with the same seed, and goes on with the very token that was due (noise belongs to positions, not to replicas).
     """
 
     def __init__(
-        self, *, start_timeout_s: float = 10.0, failover_timeout_s: float = 60.0, spans: SpanSink = discard
+        self,
+        *,
+        start_timeout_s: float = 10.0,
+        failover_timeout_s: float = 60.0,
+        spans: SpanSink = discard,
+        pairing: Callable[[], PairingConfig] = PairingConfig,
     ) -> None:
         """How long a sequence waits for a primary that can serve: before its first token, and once it has run."""
         self._start_timeout_s = start_timeout_s
         self._failover_timeout_s = failover_timeout_s
         self._spans = spans
         self._clients: dict[str, Primary] = {}
-        self._primaries = Pool()
-        self._drafters = Pool()
+        self._pairing = Pairing(pairing)
+        self._primaries, self._drafters = self._pairing.primaries, self._pairing.drafters
         self.num_failovers = 0  # sequences that another primary has taken over
 
     def pools(self) -> dict[str, Pool]:
@@ -131,10 +90,26 @@ class PairingRouter:
 
     def set_primaries(self, clients: Mapping[str, Primary]) -> None:
         self._clients = dict(clients)
-        self._primaries.set_members(clients)
+        self._pairing.set_primaries(clients)
 
     def set_drafters(self, addresses: Iterable[str]) -> None:
         self._drafters.set_members(addresses)
+
+    def set_nodes(self, nodes: Mapping[str, str]) -> None:
+        """Where primaries, by name, and drafters, by address, are."""
+        self._pairing.set_nodes(nodes)
+
+    async def watch(self) -> None:
+        """Keeps an eye on what primaries measure of the drafters, until it is cancelled."""
+        while True:
+            await self.measure()
+            await asyncio.sleep(_MEASURES_INTERVAL_S)
+
+    async def measure(self) -> None:
+        """One look. Takes at most a few seconds, whoever does not answer."""
+        for primary in (await self.overview()).primaries:
+            if primary.status is not None:
+                self._pairing.set_round_trips(primary.name, dict(primary.status.round_trips))
 
     async def info(self) -> PrimaryInfo:
         """Any primary's, for they all serve the same model."""
@@ -186,8 +161,8 @@ class PairingRouter:
         deadline = started + self._start_timeout_s
         reason = "no primary is known"
         while True:
-            name = await self._pick_primary(failed, deadline, reason)
-            drafter = request.drafter_address or self._drafters.pick()
+            name = await self._pick_primary(request.prompt_token_ids, failed, deadline, reason)
+            drafter = request.drafter_address or self._pairing.pick_drafter(name)
             elapsed = asyncio.get_running_loop().time() - started
             part = replace(_resumed(request, delivered, attempt, elapsed), drafter_address=drafter)
             num_delivered = len(delivered)
@@ -240,9 +215,9 @@ class PairingRouter:
                     return
         raise Unavailable("the primary's stream ended early")
 
-    async def _pick_primary(self, failed: set[str], deadline: float, reason: str) -> str:
+    async def _pick_primary(self, prompt: Sequence[int], failed: set[str], deadline: float, reason: str) -> str:
         """The next primary to try; once all have failed they are tried again, until the deadline."""
-        while (name := self._primaries.pick(exclude=failed)) is None:
+        while (name := self._pairing.pick_primary(prompt, exclude=failed)) is None:
             if asyncio.get_running_loop().time() >= deadline:
                 raise Unavailable(f"no primary can serve: {reason}")
             await asyncio.sleep(_RETRY_INTERVAL_S)

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from tandem_serve.config import AdmissionConfig, ObservabilityConfig, RouterLimits, RouterPool, SpeculationConfig
+from tandem_serve.config import (
+    AdmissionConfig,
+    ObservabilityConfig,
+    PairingConfig,
+    RouterLimits,
+    RouterPool,
+    SpeculationConfig,
+)
 from tandem_serve.rpc import inference_server
 from tandem_serve.rpc.authorization import authorization_of
 from tandem_serve.rpc.statuses import set_status
@@ -26,6 +33,7 @@ from tandem_serve.serving.registry import (
     drafter_addresses,
     metrics_targets,
     node_address,
+    nodes,
     replica_name,
 )
 from tandem_serve.serving.router import PairingRouter
@@ -51,8 +59,9 @@ class RouterDeployment:
     ) -> None:
         configure_logs(observability.logs, "router")
         self._tracing = start_tracing(observability.traces, "router", replica_name())
-        self._router = PairingRouter(spans=self._tracing.sink)
         self._limits, self._admission, self._speculation = pool.limits, pool.admission, pool.speculation
+        self._pairing = pool.pairing
+        self._router = PairingRouter(spans=self._tracing.sink, pairing=lambda: self._pairing)
         self._front_end = build_front_end(
             pool,
             model,
@@ -67,13 +76,14 @@ class RouterDeployment:
         self._found: dict[str, Replicas] = {}
         self._loop = asyncio.get_running_loop()
         control = BlockLengthControl(self._router.primaries, lambda: self._speculation)
-        self._control = self._loop.create_task(control.run())
+        self._watching = [self._loop.create_task(control.run()), self._loop.create_task(self._router.watch())]
         self._handles = {PRIMARY: discover(PRIMARY, primary_application, self._on_loop(self._set_primaries))}
         if drafter_application is not None:
             self._handles[DRAFTER] = discover(DRAFTER, drafter_application, self._on_loop(self._set_drafters))
 
     async def __del__(self) -> None:
-        self._control.cancel()
+        for task in self._watching:
+            task.cancel()
         await asyncio.to_thread(self._tracing.close)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -84,6 +94,7 @@ class RouterDeployment:
         self._limits = RouterLimits.model_validate(user_config["limits"])
         self._admission = AdmissionConfig.model_validate(user_config["admission"])
         self._speculation = SpeculationConfig.model_validate(user_config["speculation"])
+        self._pairing = PairingConfig.model_validate(user_config["pairing"])
         self._loop.call_soon_threadsafe(self._front_end.capacity_changed)
 
     async def Generate(
@@ -139,6 +150,7 @@ class RouterDeployment:
 
     def _set_primaries(self, found: Replicas) -> None:
         self._found[PRIMARY] = found
+        self._set_nodes()
         self._router.set_primaries(
             {replica_id: ServePrimary(self._handles[PRIMARY], replica_id) for replica_id in found}
         )
@@ -146,4 +158,8 @@ class RouterDeployment:
 
     def _set_drafters(self, found: Replicas) -> None:
         self._found[DRAFTER] = found
+        self._set_nodes()
         self._router.set_drafters(drafter_addresses(found))
+
+    def _set_nodes(self) -> None:
+        self._router.set_nodes({name: node for found in self._found.values() for name, node in nodes(found).items()})

@@ -24,8 +24,8 @@ from tandem_serve.serving.autoscaling import (
     drafter_load,
     primary_load,
 )
+from tandem_serve.serving.pairing import Pool
 from tandem_serve.serving.planning import Arrival, Costs, percentiles
-from tandem_serve.serving.router import Pool
 
 TICK_S = 1.0  # between two reports of the replicas, as in a cluster
 

@@ -54,6 +54,16 @@ async def test_info_and_status_are_those_of_the_primary_itself() -> None:
         assert await client.status() == PrimaryStatus(0, 0, 0.0, (("drafter:1", "ready"),))
 
 
+async def test_round_trips_arrive_with_the_status() -> None:
+    class Measuring(ScriptedPrimary):
+        async def status(self) -> PrimaryStatus:
+            links = (("a:1", "ready"), ("b:1", "connecting"))
+            return PrimaryStatus(0, 0, 0.0, links, round_trips=(("a:1", 0.25),))
+
+    async with served(Measuring()) as client:
+        assert (await client.status()).round_trips == (("a:1", 0.25),)
+
+
 class Directed(ScriptedPrimary):
     """Keeps what it is told, and answers with `costs`."""
 

@@ -193,6 +193,38 @@ def test_a_removed_drafter_keeps_its_sequences_and_gets_no_new_ones(text: tuple[
     assert engine.status().drafters == (("b", "ready"),)
 
 
+def test_a_drafter_that_comes_takes_its_share_of_what_runs(text: tuple[int, ...]) -> None:
+    names = [f"r{i}" for i in range(6)]
+    links = {name: ScriptedLink(tiny_drafter()[1], oracle(dict.fromkeys(names, text))) for name in "ab"}
+    clock, outputs = Clock(), {name: Output() for name in names}
+    engine = make_engine(link_factory=lambda a, p, w: links[a](a, p, w), clock=clock)
+    engine.set_drafters(["a"])
+    for name in names:
+        engine.submit(replace(REQUEST, request_id=name, drafter_address="a"), outputs[name])
+    while len(outputs["r5"].steps) < 4:
+        engine.step()
+    engine.set_drafters(["a", "b"])
+    drive(engine, clock)
+    moved = {command.sequence_id for command in links["b"].commands if isinstance(command, OpenSequence)}
+    assert len(moved) == 3
+    assert moved == set(links["a"].closed[:3]) == set(links["b"].closed)
+    assert all(REQUEST.prompt_token_ids + output.token_ids == text for output in outputs.values())
+
+
+def test_sequences_near_their_end_stay_where_they_are(text: tuple[int, ...]) -> None:
+    links = {name: ScriptedLink(tiny_drafter()[1], oracle(dict.fromkeys(("r", "s"), text))) for name in "ab"}
+    clock, output = Clock(), Output()
+    engine = make_engine(link_factory=lambda a, p, w: links[a](a, p, w), clock=clock)
+    engine.set_drafters(["a"])
+    for name in ("r", "s"):
+        engine.submit(replace(REQUEST, request_id=name), output if name == "r" else Output())
+    while len(output.token_ids) < REQUEST.max_tokens - 30:
+        engine.step()
+    engine.set_drafters(["a", "b"])
+    drive(engine, clock)
+    assert not links["b"].commands
+
+
 def test_a_refusing_drafter_is_never_used_and_logged_once(
     right: ScriptedLink, text: tuple[int, ...], caplog: pytest.LogCaptureFixture
 ) -> None:

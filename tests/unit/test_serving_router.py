@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
+from tandem_serve.config import PairingConfig
 from tandem_serve.errors import InvalidRequest, Overloaded, RequestAborted, Unavailable
-from tandem_serve.serving.router import PairingRouter, Pool
-from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, SamplingParams
+from tandem_serve.serving.pairing import Pairing, Pool
+from tandem_serve.serving.router import PairingRouter
+from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryStatus, SamplingParams
 from tests.unit.scripted_primary import ScriptedPrimary
 
 PROMPT = (7, 8, 9)
@@ -70,6 +73,92 @@ def test_who_has_left_gets_nothing_new_but_its_sequences_still_count_when_it_com
         assert pool.num_running("a") == 1
         assert pool.pick() == "b"
     assert pool.num_running("a") == 0
+
+
+def pairing_of(primaries: str, drafters: str, **config: int) -> Pairing:
+    pairing = Pairing(lambda: PairingConfig(**config))
+    pairing.set_primaries(primaries)
+    pairing.drafters.set_members(drafters)
+    return pairing
+
+
+def picks(pool: Pool, pick: Callable[[], str | None], count: int) -> str:
+    """Who gets so many sequences that all stay."""
+    found = ""
+    for _ in range(count):
+        member = pick()
+        assert member is not None
+        pool.start(member)
+        found += member
+    return found
+
+
+def test_a_drafter_on_the_primary_s_node_comes_first_until_it_is_busier() -> None:
+    pairing = pairing_of("p", "xyz")
+    pairing.set_nodes({"p": "here", "x": "there", "y": "here", "z": "there"})
+    found = picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 7)
+    assert found[0] == "y"
+    assert sorted(found) == list("xxyyyzz")
+
+
+def test_the_measured_round_trip_outweighs_the_node_and_a_far_drafter_is_left_for_busy_times() -> None:
+    pairing = pairing_of("pq", "xy")
+    pairing.set_nodes({"p": "here", "x": "there", "y": "here"})
+    pairing.set_round_trips("p", {"x": 0.001, "y": 0.010})
+    assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 5) == "xxxyx"
+    assert pairing.pick_drafter("q") == "y", "another primary has measured nothing"
+    pairing.set_round_trips("p", {"x": 0.00100, "y": 0.00115})
+    assert pairing.pick_drafter("p") == "y", "that is no difference"
+
+
+def test_prompts_that_begin_alike_go_to_one_primary_while_it_is_hardly_busier() -> None:
+    pairing = pairing_of("abc", "", prefix_tokens=4, prefix_slack=2)
+    system = (1, 2, 3, 4, 5, 6, 7, 8)
+    first = pairing.pick_primary(system)
+    assert first is not None
+    for index in range(3):
+        pairing.primaries.start(first)
+        expected = index < 2
+        assert (pairing.pick_primary((*system, 9, index)) == first) is expected
+    pairing.primaries.end(first)
+    assert pairing.pick_primary((9, 9, 9, 9, *system)) != first, "not at its beginning"
+    assert pairing.pick_primary((1, 2, 3)) != first, "too short to matter"
+
+
+def test_the_longest_known_beginning_counts_and_the_dead_know_nothing() -> None:
+    pairing = pairing_of("ab", "", prefix_tokens=2, prefix_slack=1)
+    longer, shorter = (1, 2, 3, 4), (1, 2, 5, 5)
+    first = pairing.pick_primary(longer)
+    assert first is not None
+    pairing.primaries.start(first)
+    pairing.primaries.start(first)
+    second = pairing.pick_primary(shorter)  # first is too busy
+    assert second not in (first, None)
+    pairing.primaries.end(first)
+    assert pairing.pick_primary((*longer, 6)) == first
+    assert pairing.pick_primary((*shorter, 6)) == second
+    assert pairing.pick_primary(longer, exclude={first}) == second
+    pairing.set_primaries([second])
+    assert pairing.pick_primary(longer) == second
+
+
+def test_without_a_prefix_cache_only_the_load_counts() -> None:
+    pairing = pairing_of("ab", "")
+    prompt = tuple(range(200))
+    assert sorted(picks(pairing.primaries, lambda: pairing.pick_primary(prompt), 4)) == list("aabb")
+
+
+async def test_the_router_takes_the_round_trips_from_its_primaries() -> None:
+    class Measuring(ScriptedPrimary):
+        async def status(self) -> PrimaryStatus:
+            return replace(await super().status(), round_trips=(("d0:1", 0.010), ("d1:1", 0.001)))
+
+    primary = Measuring(range(8))
+    router = router_of(primary, drafters=("d0:1", "d1:1"))
+    await router.measure()
+    for _ in range(3):
+        await tokens_of(router)
+    assert [request.drafter_address for request in primary.requests] == ["d1:1"] * 3
 
 
 async def test_sequences_spread_over_both_pools() -> None:

@@ -109,6 +109,9 @@ class RequestDrafting:
     def link_states(self) -> tuple[tuple[str, str], ...]:
         return self._links.states()
 
+    def round_trips(self) -> tuple[tuple[str, float], ...]:
+        return self._links.round_trips(self._clock())
+
     # -------------------------------------------------------------- requests
 
     def set_addresses(self, addresses: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ POOL = "pool"  # the node label
 POOLS = ("primary", "drafter", "router")
 _NODE = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20, "include_dashboard": False}
 _NODE_ATTEMPTS = 3  # of half a minute
-_NICENESS = 10  # of replicas that run, more than before
+_NICENESS = 10  # of replicas that run
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def simulated_cluster(config: ClusterConfig, *, nodes_per_pool: int = 2) -> Iter
 
 def lower_priority(thread: int = 0) -> None:
     """Of a thread by its id; 0: of this one. See Simulation.yield_to_newcomers."""
-    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
+    os.setpriority(os.PRIO_PROCESS, thread, _NICENESS)
 
 
 def patiently(ask: Any, timeout_s: float = 60.0) -> Any:
