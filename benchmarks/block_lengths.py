@@ -3,10 +3,10 @@
     tandem-serve up deployments/demo.yaml       # with router: {speculation: {adapts: true}}, in the same terminal
     python benchmarks/block_lengths.py --loads 1,4,16,32 --fixed 0,2,5 --json runs/block-lengths.json
 
-Each load: the contenders by turns, `--turns` times, each turn beginning with another one; in a turn all get the same
-requests, about `--seconds` of them. Nobody streams, so that clients cost little. Before each load the router gets a few
-seconds to find out. Tokens a second are medians of the turns, and so is the ratio: a machine is not equally fast from
-minute to minute, the contenders of one turn meet it alike.
+Each load: the contenders by turns, `--turns` times, in any order; in a turn all get the same requests, for about
+`--seconds` and three a client at least. Nobody streams, so that clients cost little. Before each load the router gets a few
+seconds to find out; besides, it learns from what the fixed contenders do. Tokens a second are medians of the turns, and
+so is the ratio: a machine is not equally fast from minute to minute, the contenders of one turn meet it alike.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,13 +71,13 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             return await throughput(options.url, prompts, load, requests, options.max_tokens, length)
 
         settled_at = time.monotonic() + options.settle_seconds
+        pace = await rate(range(1), None)
         while time.monotonic() < settled_at:
             pace = await rate(range(1), None)
-        num_requests = max(round(pace * options.seconds / (load * options.max_tokens)), 1)
+        num_requests = max(round(pace * options.seconds / (load * options.max_tokens)), 3)
         runs: dict[int | None, list[float]] = {length: [] for length in contenders}
         for turn in range(options.turns):
-            first = turn % len(contenders)
-            for length in [*contenders[first:], *contenders[:first]]:
+            for length in random.Random(turn).sample(contenders, len(contenders)):
                 runs[length].append(await rate(range(turn * num_requests, (turn + 1) * num_requests), length))
         loads[str(load)] = _compared(runs)
         print(load, json.dumps(loads[str(load)]), flush=True)

@@ -210,7 +210,7 @@ class PairingConfig(_Part):
     """Which primary a sequence gets: the least busy one, or one that has its prompt's beginning in its cache."""
 
     prefix_tokens: int | None = Field(None, ge=0)  # prompts that share so many go to one primary; 0: never; None: 64
-    # with vLLM, which caches prefixes, else never
+    # in a cluster file with vLLM, which caches prefixes, else never
     prefix_slack: int = Field(4, ge=0)  # sequences that such a primary may have more than the least busy one
 
 

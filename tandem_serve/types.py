@@ -271,6 +271,15 @@ class BlockLengths:
 
 
 @dataclass(frozen=True, slots=True)
+class DrafterLoad:
+    """What a primary asks of one drafter, and how long that takes."""
+
+    address: str
+    num_sequences: int  # of this primary's
+    wait_s: float | None  # from asking for a block to having it, of late; None: it has not answered of late
+
+
+@dataclass(frozen=True, slots=True)
 class PrimaryStatus:
     """A primary's load, for pairing and for `tandem-serve status`."""
 
@@ -278,7 +287,7 @@ class PrimaryStatus:
     num_requests_waiting: int
     kv_cache_usage: float  # share of the KV budget reserved, 0..1
     drafters: tuple[tuple[str, str], ...] = ()  # (address, link state)
-    round_trips: tuple[tuple[str, float], ...] = ()  # (address, seconds) of drafters that have answered of late
+    loads: tuple[DrafterLoad, ...] = ()
 
 
 # ------------------------------------------------------------------ primary -> drafter

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tandem_serve.interfaces import DrafterLink, LinkFactory, LinkState
-from tandem_serve.types import DrafterInfo, PrimaryInfo
+from tandem_serve.types import DrafterInfo, DrafterLoad, PrimaryInfo
 
 _log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 5.0  # how often a drafter that does not answer is given a new sequence, to see
-_SMOOTHING = 0.1  # of round trips
-_LATE_S = 30.0  # a round trip that was measured longer ago says nothing of the next one
+_SMOOTHING = 0.1  # of waits
+_OLD_S = 30.0  # a wait of so long ago says nothing of the next one
 MAX_UNLISTED_LINKS = 32  # that requests have opened; each is a thread
 
 
@@ -30,14 +30,14 @@ class DrafterPeer:
     is_known: bool = True  # False: no new pairings; closed once its last sequence has left
     is_listed: bool = True  # False: a request has named it, and it stays for as long as it is of use
     is_refusal_logged: bool = False
-    round_trip_s: float | None = None  # beside drafting itself; the mean of the last ones
+    wait_s: float | None = None  # from asking for a block to having it; the mean of the last ones
     answered_at_s: float = 0.0
     next_probe_s: float | None = None  # it has missed a deadline and not answered since: no new sequences until then
 
-    def observe_round_trip(self, seconds: float, now_s: float) -> None:
+    def observe_wait(self, seconds: float, now_s: float) -> None:
         """One block has come."""
-        last = seconds if self.round_trip_s is None else self.round_trip_s
-        self.round_trip_s = last + _SMOOTHING * (seconds - last)
+        last = seconds if self.wait_s is None else self.wait_s
+        self.wait_s = last + _SMOOTHING * (seconds - last)
         self.answered_at_s = now_s
 
     def ready_info(self) -> DrafterInfo | None:
@@ -142,6 +142,17 @@ class DrafterLinks:
             drafter.is_new = False
             drafter.num_surplus = max(drafter.num_attached - share, 0)
 
+    def less_busy_than(self, drafter: DrafterPeer, fits: Callable[[DrafterInfo], bool]) -> DrafterPeer | None:
+        """The least busy of those that answer and fit, where that is worth a move; None takes the surplus away."""
+        others = [d for d in self if d is not drafter and d.is_known and d.next_probe_s is None and d.ready_info()]
+        least = min((d.num_attached for d in others), default=drafter.num_attached)
+        if least + 1 >= drafter.num_attached:
+            drafter.num_surplus = 0  # it has come down by itself
+            return None
+        fitting = [d for d in others if (info := d.ready_info()) is not None and fits(info)]
+        found = min(fitting, key=lambda d: d.num_attached, default=None)
+        return found if found is not None and found.num_attached + 1 < drafter.num_attached else None
+
     def leave(self, drafter: DrafterPeer) -> None:
         """One sequence no longer drafts there."""
         drafter.num_attached -= 1
@@ -155,17 +166,22 @@ class DrafterLinks:
             if is_refused and not drafter.is_refusal_logged:
                 _log.warning("drafter %s refused this primary; it is not used", drafter.link.address)
             drafter.is_refusal_logged = is_refused
-            drafter.is_new |= drafter.link.state is not LinkState.READY
+            if drafter.link.state is not LinkState.READY:
+                drafter.is_new, drafter.next_probe_s = True, None  # whatever it was slow at is over
             self._close_if_unused(drafter)
 
     def states(self) -> tuple[tuple[str, str], ...]:
         """(address, link state) of each; safe from any thread."""
         return tuple((address, drafter.link.state.value) for address, drafter in list(self._drafters.items()))
 
-    def round_trips(self, now_s: float) -> tuple[tuple[str, float], ...]:
-        """(address, seconds) of those that have answered of late; safe from any thread."""
-        found = ((address, each.round_trip_s, each.answered_at_s) for address, each in list(self._drafters.items()))
-        return tuple((address, mean) for address, mean, at in found if mean is not None and now_s - at < _LATE_S)
+    def loads(self, now_s: float) -> tuple[DrafterLoad, ...]:
+        """Of each; safe from any thread."""
+        return tuple(
+            DrafterLoad(
+                address, drafter.num_attached, drafter.wait_s if now_s - drafter.answered_at_s < _OLD_S else None
+            )
+            for address, drafter in list(self._drafters.items())
+        )
 
     def close(self) -> None:
         for drafter in self:

@@ -229,9 +229,8 @@ class DraftCoordinator:
                 spec.num_rejections = 0
                 waited_s = now_s - attachment.asked_at_s
                 self._metrics.draft_wait.observe(waited_s)
-                round_trip_s = max(waited_s - event.draft_time_s, 0.0)
-                self._metrics.round_trip.observe(round_trip_s)
-                drafter.observe_round_trip(round_trip_s, now_s)
+                self._metrics.round_trip.observe(max(waited_s - event.draft_time_s, 0.0))
+                drafter.observe_wait(waited_s, now_s)
                 self._metrics.draft_time.observe(event.draft_time_s)
                 # A link that works on this very thread delivers at the time that it was asked.
                 attachment.draft_s = max(now_s - attachment.asked_at_s, event.draft_time_s)
@@ -274,7 +273,7 @@ class DraftCoordinator:
             spec = sequence.speculation
             if spec is None or spec.cooldown_rounds:
                 continue
-            self._move_on(sequence, spec, now_s)
+            self._move_on(sequence, spec)
             attachment = spec.attachment or self._attach(sequence, spec, now_s)
             # Lost since `receive`: there may be another drafter behind the link by now, with other taps.
             if attachment is not None and not attachment.num_asked and not _is_lost(attachment):
@@ -284,16 +283,17 @@ class DraftCoordinator:
             self._speak(sequence, spec, attachment, len(sequences), now_s)
         return self._outbox.flush()
 
-    def _move_on(self, sequence: Sequence, spec: Speculation, now_s: float) -> None:
+    def _move_on(self, sequence: Sequence, spec: Speculation) -> None:
         """To a drafter that has come since, where its own has a surplus and there is enough left to be worth it."""
         attachment = spec.attachment
-        if attachment is None or attachment.drafter.num_surplus == 0 or attachment.num_asked or spec.log.start > 0:
+        if attachment is None or attachment.drafter.num_surplus == 0 or attachment.num_asked:
             return
-        if sequence.num_remaining < MIN_MOVE_TOKENS or _is_lost(attachment):
+        if spec.log.start > 0 or sequence.num_remaining < MIN_MOVE_TOKENS or _is_lost(attachment):
             return
-        drafter = self._pick(sequence, spec, None, now_s)
-        if drafter is None or drafter.num_attached + 1 >= attachment.drafter.num_attached:
-            attachment.drafter.num_surplus = 0  # it has come down by itself
+        if sequence.num_unverified:  # in the middle of a standalone block
+            return
+        drafter = self._links.less_busy_than(attachment.drafter, lambda info: _fits(info, sequence, spec))
+        if drafter is None:
             return
         self._close(sequence, attachment)
         self._detach(sequence, spec, WithoutDraft.NO_DRAFTER)
@@ -304,14 +304,12 @@ class DraftCoordinator:
         if spec.log.start > 0:
             self.end(sequence, WithoutDraft.EVICTED)
             return None
-        drafter = self._pick(sequence, spec, sequence.request.drafter_address, now_s)
+        preferred = sequence.request.drafter_address
+        drafter = self._links.pick(preferred, lambda info: _fits(info, sequence, spec), now_s)
         if drafter is None:
             sequence.why_alone = WithoutDraft.NO_DRAFTER
             return None
         return self._attach_to(drafter, sequence, spec)
-
-    def _pick(self, sequence: Sequence, spec: Speculation, preferred: str | None, now_s: float) -> DrafterPeer | None:
-        return self._links.pick(preferred, lambda info: _fits(info, sequence, spec), now_s)
 
     def _attach_to(self, drafter: DrafterPeer, sequence: Sequence, spec: Speculation) -> Attachment | None:
         epoch, info = drafter.link.epoch, drafter.link.info  # in this order: whatever changes after is another epoch

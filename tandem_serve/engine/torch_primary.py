@@ -134,7 +134,7 @@ class TorchPrimary:
             num_requests_waiting=max(num_unfinished - num_running, 0),
             kv_cache_usage=self._budget.usage,
             drafters=self._links.states(),
-            round_trips=self._links.round_trips(self._clock()),
+            loads=self._links.loads(self._clock()),
         )
 
     def wait_until_idle(self, timeout_s: float) -> bool:

@@ -11,6 +11,7 @@ from tandem_serve.rpc._gen.tandem.v1 import control_pb2, drafting_pb2, inference
 from tandem_serve.types import (
     MAX_BLOCK_LENGTH,
     DecodingMode,
+    DrafterLoad,
     FinishReason,
     GenerationRequest,
     GenerationStep,
@@ -240,18 +241,13 @@ def parse_generate_tokens_response(message: control_pb2.GenerateTokensResponse, 
 
 
 def primary_status_response(info: PrimaryInfo, status: PrimaryStatus) -> control_pb2.GetPrimaryStatusResponse:
-    round_trips = dict(status.round_trips)
+    loads = {load.address: load for load in status.loads}
     return control_pb2.GetPrimaryStatusResponse(
         primary=primary_model(info),
         num_requests_running=status.num_requests_running,
         num_requests_waiting=status.num_requests_waiting,
         kv_cache_usage=status.kv_cache_usage,
-        drafters=[
-            control_pb2.DrafterLinkStatus(
-                address=address, state=_LINK_STATES[state], round_trip_s=round_trips.get(address)
-            )
-            for address, state in status.drafters
-        ],
+        drafters=[_link_status(address, state, loads.get(address)) for address, state in status.drafters],
     )
 
 
@@ -263,7 +259,17 @@ def parse_primary_status_response(
         num_requests_waiting=message.num_requests_waiting,
         kv_cache_usage=message.kv_cache_usage,
         drafters=tuple((link.address, _STATE_NAMES.get(link.state, "unknown")) for link in message.drafters),
-        round_trips=tuple(
-            (link.address, link.round_trip_s) for link in message.drafters if link.HasField("round_trip_s")
+        loads=tuple(
+            DrafterLoad(link.address, link.num_sequences, link.wait_s if link.HasField("wait_s") else None)
+            for link in message.drafters
         ),
+    )
+
+
+def _link_status(address: str, state: str, load: DrafterLoad | None) -> control_pb2.DrafterLinkStatus:
+    return control_pb2.DrafterLinkStatus(
+        address=address,
+        state=_LINK_STATES[state],
+        num_sequences=0 if load is None else load.num_sequences,
+        wait_s=None if load is None else load.wait_s,
     )

@@ -16,6 +16,7 @@ from tandem_serve.types import BlockLengths, DraftingCosts
 INTERVAL_S = 1.0
 _TIMEOUT_S = 2.0
 _MAX_BATCH = 128  # more sequences get what so many get
+_NEWS = 1.5
 _NONE = BlockLengths((), ())  # to each its own configuration
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class BlockLengthControl:
         others = [
             primary
             for primary, costs in zip(primaries, heard, strict=True)
-            if costs is not None and (costs.lengths or _NONE) != lengths
+            if costs is not None and lengths is not None and _is_news(lengths, costs.lengths or _NONE)
         ]
         if lengths is None or not others:
             return
@@ -65,6 +66,12 @@ class BlockLengthControl:
             return _NONE
         lengths = best_block_lengths(known, config.longest_block_length, _MAX_BATCH, present)
         return lengths or present  # one that has just come does as the others
+
+
+def _is_news(lengths: BlockLengths, present: BlockLengths) -> bool:
+    """Other lengths, or probes at quite another distance, which moves a little with everything that is measured."""
+    pairs = zip(lengths.probe_every, present.probe_every, strict=False)
+    return lengths.by_batch != present.by_batch or any(max(a, b) > _NEWS * min(a, b) for a, b in pairs)
 
 
 def _most_common(lengths: Sequence[BlockLengths]) -> BlockLengths | None:

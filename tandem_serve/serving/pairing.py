@@ -1,20 +1,22 @@
 """Which primary a sequence runs on and which drafter it is paired with: by load, prefix, distance. Pure logic.
 
-Loads are this router's own counts: exact for one router, and with several a fair sample. The round trip to a drafter,
-which the primaries measure, also shows what others ask of it.
+Loads of primaries are this router's own counts: exact for one router, and with several a fair sample. Of drafters the
+primaries say now and then what is paired with them, by whichever router, and moved since; own counts go on from there.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from tandem_serve.config import PairingConfig
+from tandem_serve.types import DrafterLoad
 
 _MAX_PREFIXES = 65_536  # that are remembered
 _PREFIXES_PER_PROMPT = 32  # of growing length
-_NEAR = 1.25  # round trips up to so many times the shortest are taken for equal
+_NEAR = 1.25  # waits up to so many times the shortest are taken for equal
 _FARTHEST = 4.0  # in terms of load: a drafter that is farther away still gets some sequences once the others are full
 _OTHER_NODE = 1.25  # distance of a drafter that nothing has been measured of, and that is not on the primary's node
 
@@ -40,17 +42,14 @@ class Pool:
         newcomers_turn = min((self._turns[m] for m in self._members if m in self._turns), default=0)
         self._turns = Counter({m: self._turns.get(m, newcomers_turn) for m in self._members})
 
-    def pick(self, exclude: Container[str] = (), distance: Callable[[str], float] = lambda _: 1.0) -> str | None:
+    def pick(self, exclude: Container[str] = (), load: Callable[[str], float] | None = None) -> str | None:
         """The least loaded member; of equals the one that has had the fewest turns. None where there is none.
 
-        One at twice the distance has to have half of the load, the sequence that is to come included.
+        `load`: None: the sequences that it carries.
         """
         candidates = [member for member in self._members if member not in exclude]
-
-        def rank(member: str) -> tuple[float, int]:
-            return (self._running[member] + 1) * distance(member), self._turns[member]
-
-        return min(candidates, key=rank, default=None)
+        load = load or self.num_running
+        return min(candidates, key=lambda member: (load(member), self._turns[member]), default=None)
 
     @contextmanager
     def carrying(self, member: str | None) -> Iterator[None]:
@@ -76,25 +75,25 @@ class Pool:
 class Pairing:
     """Both pools, and what is known of how they belong together. Belongs to one event loop."""
 
-    def __init__(self, config: Callable[[], PairingConfig] = PairingConfig) -> None:
-        """`config` is asked anew each time."""
-        self._config = config
+    def __init__(
+        self, config: Callable[[], PairingConfig] = PairingConfig, seats: Callable[[], float] = lambda: math.inf
+    ) -> None:
+        """`config` and `seats`, the sequences that a primary takes at once, are asked anew each time."""
+        self._config, self._seats = config, seats
         self.primaries, self.drafters = Pool(), Pool()
         self._nodes: Mapping[str, str] = {}
-        self._round_trips: dict[str, Mapping[str, float]] = {}
+        self._measured: dict[str, Mapping[str, DrafterLoad]] = {}  # by primary, then drafter
+        self._counted: Counter[str] = Counter()  # own sequences by drafter when that was last heard
         self._served_by: OrderedDict[int, str] = OrderedDict()  # by hash of a prompt's prefix, latest last
 
     def set_nodes(self, nodes: Mapping[str, str]) -> None:
         """Where members of either pool are, as far as that is known: by name or address."""
         self._nodes = nodes
 
-    def set_round_trips(self, primary: str, seconds: Mapping[str, float]) -> None:
-        """What a primary has measured of late, by drafter. None of them counts any more that is not in there."""
-        self._round_trips[primary] = seconds
-
-    def set_primaries(self, names: Iterable[str]) -> None:
-        self.primaries.set_members(names)
-        self._round_trips = {name: self._round_trips.get(name, {}) for name in self.primaries.members}
+    def set_loads(self, measured: Mapping[str, Iterable[DrafterLoad]]) -> None:
+        """What each primary that answers asks of its drafters at present. What is not in there counts no more."""
+        self._measured = {primary: {load.address: load for load in loads} for primary, loads in measured.items()}
+        self._counted = Counter({each: self.drafters.num_running(each) for each in self.drafters.members})
 
     def pick_primary(self, prompt: Sequence[int], exclude: Container[str] = ()) -> str | None:
         """The least loaded one, or one that has the longest part of the prompt in its cache and is hardly busier."""
@@ -107,7 +106,8 @@ class Pairing:
             known = self._served_by.get(key)
             if known is None or known in exclude or known not in self.primaries.members:
                 continue
-            if self.primaries.num_running(known) <= self.primaries.num_running(best) + slack:
+            running = self.primaries.num_running(known)
+            if running <= self.primaries.num_running(best) + slack and running < self._seats():
                 best = known
                 break
         for key in keys:
@@ -119,17 +119,27 @@ class Pairing:
 
     def pick_drafter(self, primary: str) -> str | None:
         """For a sequence of this primary. None where there is none."""
-        measured = self._round_trips.get(primary, {})
-        nearest = min((measured[each] for each in self.drafters.members if each in measured), default=0.0)
+        measured = self._measured.get(primary, {})
+        waits = {each: measured[each].wait_s for each in self.drafters.members if each in measured}
+        nearest = min((wait_s for wait_s in waits.values() if wait_s), default=0.0)
         here = self._nodes.get(primary)
 
         def distance(drafter: str) -> float:
-            if drafter in measured and nearest > 0:
-                return min(max(measured[drafter] / (_NEAR * nearest), 1.0), _FARTHEST)
-            there = self._nodes.get(drafter)
+            wait_s, there = waits.get(drafter), self._nodes.get(drafter)
+            if wait_s:
+                return min(max(wait_s / (_NEAR * nearest), 1.0), _FARTHEST)
             return 1.0 if here is None or there is None or here == there else _OTHER_NODE
 
-        return self.drafters.pick(distance=distance)
+        # One at twice the distance has to have half of the load, the sequence that is to come included.
+        return self.drafters.pick(load=lambda drafter: (self._load(drafter) + 1) * distance(drafter))
+
+    def _load(self, drafter: str) -> int:
+        """Sequences that are paired with it."""
+        own = self.drafters.num_running(drafter)
+        if not self._measured:
+            return own
+        paired = sum(loads[drafter].num_sequences for loads in self._measured.values() if drafter in loads)
+        return max(paired + own - self._counted[drafter], 0)
 
     def _prefixes(self, prompt: Sequence[int]) -> list[int]:
         """Hashes of its beginnings, in steps of prefix_tokens; each hash includes the one before."""

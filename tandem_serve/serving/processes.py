@@ -105,12 +105,14 @@ async def run_router(
     from tandem_serve.serving.front_end import build_front_end
     from tandem_serve.serving.http_server import HttpServer
     from tandem_serve.serving.openai_api import create_app
+    from tandem_serve.serving.pairing import Pairing
     from tandem_serve.serving.request_ids import EchoRequestId
     from tandem_serve.serving.router import PairingRouter
 
     stopped = _stop_event()
     tracing = _observed(observability, "router")
-    router = PairingRouter(spans=tracing.sink, pairing=lambda: pool.pairing)
+    pairing = Pairing(lambda: pool.pairing, lambda: pool.admission.per_primary)
+    router = PairingRouter(spans=tracing.sink, pairing=pairing)
     targets: list[Target] = []  # of the other processes' metrics it knows nothing
     front_end = build_front_end(pool, model, router, tracing, lambda: targets)
     tls = _tls(pool.tls_folder)

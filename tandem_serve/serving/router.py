@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
-from tandem_serve.config import PairingConfig
 from tandem_serve.errors import Overloaded, RequestAborted, TandemError, Unavailable
 from tandem_serve.interfaces import Primary
 from tandem_serve.serving.pairing import Pairing, Pool
@@ -64,14 +63,14 @@ class PairingRouter:
         start_timeout_s: float = 10.0,
         failover_timeout_s: float = 60.0,
         spans: SpanSink = discard,
-        pairing: Callable[[], PairingConfig] = PairingConfig,
+        pairing: Pairing | None = None,
     ) -> None:
         """How long a sequence waits for a primary that can serve: before its first token, and once it has run."""
         self._start_timeout_s = start_timeout_s
         self._failover_timeout_s = failover_timeout_s
         self._spans = spans
         self._clients: dict[str, Primary] = {}
-        self._pairing = Pairing(pairing)
+        self._pairing = pairing or Pairing()
         self._primaries, self._drafters = self._pairing.primaries, self._pairing.drafters
         self.num_failovers = 0  # sequences that another primary has taken over
 
@@ -90,7 +89,7 @@ class PairingRouter:
 
     def set_primaries(self, clients: Mapping[str, Primary]) -> None:
         self._clients = dict(clients)
-        self._pairing.set_primaries(clients)
+        self._primaries.set_members(clients)
 
     def set_drafters(self, addresses: Iterable[str]) -> None:
         self._drafters.set_members(addresses)
@@ -102,14 +101,16 @@ class PairingRouter:
     async def watch(self) -> None:
         """Keeps an eye on what primaries measure of the drafters, until it is cancelled."""
         while True:
-            await self.measure()
+            try:
+                await self.measure()
+            except Exception:  # a look less
+                logger.exception("what primaries measure is not known")
             await asyncio.sleep(_MEASURES_INTERVAL_S)
 
     async def measure(self) -> None:
         """One look. Takes at most a few seconds, whoever does not answer."""
-        for primary in (await self.overview()).primaries:
-            if primary.status is not None:
-                self._pairing.set_round_trips(primary.name, dict(primary.status.round_trips))
+        primaries = (await self.overview()).primaries
+        self._pairing.set_loads({each.name: each.status.loads for each in primaries if each.status is not None})
 
     async def info(self) -> PrimaryInfo:
         """Any primary's, for they all serve the same model."""

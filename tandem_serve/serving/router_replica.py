@@ -25,6 +25,7 @@ from tandem_serve.serving.exposition import Target, serve_metrics
 from tandem_serve.serving.front_end import build_front_end
 from tandem_serve.serving.logs import configure_logs
 from tandem_serve.serving.openai_api import create_app
+from tandem_serve.serving.pairing import Pairing
 from tandem_serve.serving.registry import (
     DRAFTER,
     PRIMARY,
@@ -61,7 +62,8 @@ class RouterDeployment:
         self._tracing = start_tracing(observability.traces, "router", replica_name())
         self._limits, self._admission, self._speculation = pool.limits, pool.admission, pool.speculation
         self._pairing = pool.pairing
-        self._router = PairingRouter(spans=self._tracing.sink, pairing=lambda: self._pairing)
+        pairing = Pairing(lambda: self._pairing, lambda: self._admission.per_primary)
+        self._router = PairingRouter(spans=self._tracing.sink, pairing=pairing)
         self._front_end = build_front_end(
             pool,
             model,

@@ -15,7 +15,15 @@ from tandem_serve.errors import InvalidRequest, ModelMismatch, Overloaded, Tande
 from tandem_serve.interfaces import Primary
 from tandem_serve.rpc.primary_client import GrpcPrimary
 from tandem_serve.rpc.primary_server import SERVICE, PrimaryServer
-from tandem_serve.types import BlockLengths, CostPoint, DraftingCosts, GenerationRequest, PrimaryStatus, SamplingParams
+from tandem_serve.types import (
+    BlockLengths,
+    CostPoint,
+    DrafterLoad,
+    DraftingCosts,
+    GenerationRequest,
+    PrimaryStatus,
+    SamplingParams,
+)
 from tests.unit.scripted_primary import INFO, ScriptedPrimary
 
 REQUEST = GenerationRequest("r", (1, 2, 3), SamplingParams(seed=5), max_tokens=8, num_logprobs=2)
@@ -48,20 +56,24 @@ async def test_steps_are_those_of_the_primary_itself() -> None:
     assert direct[-1].finish_reason is not None
 
 
+LOADS = (DrafterLoad("a:1", 3, 0.25), DrafterLoad("b:1", 0, None))
+
+
 async def test_info_and_status_are_those_of_the_primary_itself() -> None:
     async with served(ScriptedPrimary()) as client:
         assert await client.info() == INFO
-        assert await client.status() == PrimaryStatus(0, 0, 0.0, (("drafter:1", "ready"),))
+        nothing = (DrafterLoad("drafter:1", 0, None),)
+        assert await client.status() == PrimaryStatus(0, 0, 0.0, (("drafter:1", "ready"),), nothing)
 
 
-async def test_round_trips_arrive_with_the_status() -> None:
+async def test_loads_of_drafters_arrive_with_the_status() -> None:
     class Measuring(ScriptedPrimary):
         async def status(self) -> PrimaryStatus:
             links = (("a:1", "ready"), ("b:1", "connecting"))
-            return PrimaryStatus(0, 0, 0.0, links, round_trips=(("a:1", 0.25),))
+            return PrimaryStatus(0, 0, 0.0, links, LOADS)
 
     async with served(Measuring()) as client:
-        assert (await client.status()).round_trips == (("a:1", 0.25),)
+        assert (await client.status()).loads == LOADS
 
 
 class Directed(ScriptedPrimary):

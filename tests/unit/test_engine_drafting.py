@@ -211,6 +211,30 @@ def test_a_drafter_that_comes_takes_its_share_of_what_runs(text: tuple[int, ...]
     assert all(REQUEST.prompt_token_ids + output.token_ids == text for output in outputs.values())
 
 
+def test_a_drafter_that_comes_back_after_it_has_been_slow_takes_its_share(text: tuple[int, ...]) -> None:
+    names = [f"r{i}" for i in range(6)]
+    links = {name: ScriptedLink(tiny_drafter()[1], oracle(dict.fromkeys(names, text))) for name in "ab"}
+    right, links["b"].script = links["b"].script, silence
+    clock, outputs = Clock(), {name: Output() for name in names}
+    engine = make_engine(link_factory=lambda a, p, w: links[a](a, p, w), clock=clock)
+    engine.set_drafters(["a", "b"])
+    for name in names:
+        engine.submit(replace(REQUEST, request_id=name), outputs[name])
+    for _ in range(4):
+        engine.step()
+    clock.now_s += 1.0  # b misses the deadline
+    engine.step()
+    links["b"].state = LinkState.CONNECTING
+    engine.step()
+    assert {load.address: load.num_sequences for load in engine.status().loads} == {"a": 6, "b": 0}
+    links["b"].state, links["b"].epoch, links["b"].script = LinkState.READY, 2, right
+    links["b"].lives.clear()
+    engine.step()
+    assert {load.address: load.num_sequences for load in engine.status().loads} == {"a": 3, "b": 3}
+    drive(engine, clock)
+    assert all(REQUEST.prompt_token_ids + output.token_ids == text for output in outputs.values())
+
+
 def test_sequences_near_their_end_stay_where_they_are(text: tuple[int, ...]) -> None:
     links = {name: ScriptedLink(tiny_drafter()[1], oracle(dict.fromkeys(("r", "s"), text))) for name in "ab"}
     clock, output = Clock(), Output()

@@ -192,3 +192,29 @@ def test_a_block_that_outgrows_the_drafter_is_closed(mode: DecodingMode) -> None
         assert engine.step(), f"it waits for ever behind {len(output.token_ids)} tokens"
     assert len(output.token_ids) == 40
     assert output.errors == []
+
+
+@VARIANTS
+def test_a_drafter_that_comes_takes_sequences_over_between_blocks_alone(mode: DecodingMode) -> None:
+    model, info = tiny_drafter()
+    info = replace(info, max_block_length=4)
+    drafters = {name: DrafterEngine(model, info, DrafterEngineConfig()) for name in "abc"}
+    engine, calm = (make_engine(link_factory=local_link_factory(drafters, synchronous=True)) for _ in range(2))
+    calm.set_drafters(["c"])
+    requests = [a_request(f"r{i}", range(4, 12 + i), 90, mode=mode, block_length=11) for i in range(4)]
+    outputs = [Output() for _ in requests]
+    engine.set_drafters(["a"])
+    for request, output in zip(requests, outputs, strict=True):
+        engine.submit(request, output)
+    while min(len(output.token_ids) for output in outputs) < 15:
+        engine.step()
+    engine.set_drafters(["a", "b"])
+    carried = set()
+    while engine.has_work:
+        engine.step()
+        carried |= {load.num_sequences for load in engine.status().loads if load.address == "b"}
+    assert max(carried) == 2
+    expected = generate(calm, requests)
+    assert all(output.token_ids == expected[f"r{i}"].token_ids for i, output in enumerate(outputs))
+    if mode is TANDEM:
+        assert outputs[0].token_ids == reference(requests[0], "tandem")

@@ -98,13 +98,22 @@ async def test_a_new_router_goes_on_from_what_the_primaries_go_by() -> None:
 
 
 async def test_several_routers_do_not_contradict_each_other_near_a_crossing() -> None:
-    primary = Measuring(draft_s=0.001)
-    routers = [BlockLengthControl(lambda: [primary], lambda: SpeculationConfig(adapts=True)) for _ in range(2)]
-    await lengths_after(routers[0], primary)
-    for turn in range(40):  # what drafts cost moves around what they bring: none is clearly better
-        primary.measure(draft_s=0.0395 if turn % 2 else 0.0405, rounds=5)
-        await routers[turn % 2].decide()
-    assert len({lengths.at(1)[0] for lengths in primary.told[-20:]}) <= 1
+    # Five tokens a round in 0.01 s and what drafts take, against one in 0.01 s: drafts bring about 3 % more.
+    for present in (0, 4):
+        primary = Measuring(draft_s=0.0385)
+        primary.policy.direct(BlockLengths((present,), (64,)))
+        primaries, config = [primary], SpeculationConfig(adapts=True, longest_block_length=4)
+        routers = [
+            BlockLengthControl(lambda found=primaries: found, lambda found=config: found)  # type: ignore[misc]
+            for _ in range(2)
+        ]
+        for turn in range(20):
+            primary.measure(draft_s=0.0383 if turn % 2 else 0.0387, rounds=20)
+            await routers[turn % 2].decide()
+            assert primary.policy.lengths is not None
+            assert primary.policy.lengths.at(1)[0] == present, "what it goes by is kept, whoever decides"
+    primary.measure(draft_s=0.01)
+    assert await lengths_after(routers[0], primary) == 4
 
 
 async def test_an_error_costs_one_round() -> None:

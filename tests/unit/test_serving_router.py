@@ -13,7 +13,14 @@ from tandem_serve.config import PairingConfig
 from tandem_serve.errors import InvalidRequest, Overloaded, RequestAborted, Unavailable
 from tandem_serve.serving.pairing import Pairing, Pool
 from tandem_serve.serving.router import PairingRouter
-from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PrimaryStatus, SamplingParams
+from tandem_serve.types import (
+    DrafterLoad,
+    FinishReason,
+    GenerationRequest,
+    GenerationStep,
+    PrimaryStatus,
+    SamplingParams,
+)
 from tests.unit.scripted_primary import ScriptedPrimary
 
 PROMPT = (7, 8, 9)
@@ -77,7 +84,7 @@ def test_who_has_left_gets_nothing_new_but_its_sequences_still_count_when_it_com
 
 def pairing_of(primaries: str, drafters: str, **config: int) -> Pairing:
     pairing = Pairing(lambda: PairingConfig(**config))
-    pairing.set_primaries(primaries)
+    pairing.primaries.set_members(primaries)
     pairing.drafters.set_members(drafters)
     return pairing
 
@@ -104,11 +111,31 @@ def test_a_drafter_on_the_primary_s_node_comes_first_until_it_is_busier() -> Non
 def test_the_measured_round_trip_outweighs_the_node_and_a_far_drafter_is_left_for_busy_times() -> None:
     pairing = pairing_of("pq", "xy")
     pairing.set_nodes({"p": "here", "x": "there", "y": "here"})
-    pairing.set_round_trips("p", {"x": 0.001, "y": 0.010})
+    pairing.set_loads({"p": [DrafterLoad("x", 0, 0.001), DrafterLoad("y", 0, 0.010)]})
     assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 5) == "xxxyx"
     assert pairing.pick_drafter("q") == "y", "another primary has measured nothing"
-    pairing.set_round_trips("p", {"x": 0.00100, "y": 0.00115})
+    pairing.set_loads({"p": [DrafterLoad("x", 1, 0.00100), DrafterLoad("y", 0, 0.00115)]})
     assert pairing.pick_drafter("p") == "y", "that is no difference"
+
+
+def test_the_load_of_a_drafter_is_what_primaries_say_and_what_has_come_since() -> None:
+    pairing = pairing_of("pq", "xy")
+    assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 4) == "xyxy"
+    # A primary has moved one of x's to y, and another router has paired two with x.
+    pairing.set_loads({"p": [DrafterLoad("x", 1, None), DrafterLoad("y", 3, None)], "q": [DrafterLoad("x", 2, None)]})
+    assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 1) in "xy"
+    pairing.drafters.end("y")
+    pairing.drafters.end("y")
+    assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 2) == "yy"
+    pairing.set_loads({"p": [DrafterLoad("x", 0, None), DrafterLoad("y", 4, None)]})
+    assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 4) == "xxxx"
+
+
+def test_no_prefix_is_worth_waiting_for_a_seat() -> None:
+    pairing = Pairing(lambda: PairingConfig(prefix_tokens=2, prefix_slack=100), lambda: 3)
+    pairing.primaries.set_members("ab")
+    found = picks(pairing.primaries, lambda: pairing.pick_primary((1, 2)), 6)
+    assert sorted(found) == list("aaabbb")
 
 
 def test_prompts_that_begin_alike_go_to_one_primary_while_it_is_hardly_busier() -> None:
@@ -138,7 +165,7 @@ def test_the_longest_known_beginning_counts_and_the_dead_know_nothing() -> None:
     assert pairing.pick_primary((*longer, 6)) == first
     assert pairing.pick_primary((*shorter, 6)) == second
     assert pairing.pick_primary(longer, exclude={first}) == second
-    pairing.set_primaries([second])
+    pairing.primaries.set_members([second])
     assert pairing.pick_primary(longer) == second
 
 
@@ -151,7 +178,7 @@ def test_without_a_prefix_cache_only_the_load_counts() -> None:
 async def test_the_router_takes_the_round_trips_from_its_primaries() -> None:
     class Measuring(ScriptedPrimary):
         async def status(self) -> PrimaryStatus:
-            return replace(await super().status(), round_trips=(("d0:1", 0.010), ("d1:1", 0.001)))
+            return replace(await super().status(), loads=(DrafterLoad("d0:1", 0, 0.010), DrafterLoad("d1:1", 0, 0.001)))
 
     primary = Measuring(range(8))
     router = router_of(primary, drafters=("d0:1", "d1:1"))

@@ -126,7 +126,7 @@ class VllmPrimary:
             num_requests_waiting=max(len(self._request_ids) - num_running, 0),
             kv_cache_usage=self._scheduler.get_kv_cache_usage(),
             drafters=self._drafting.link_states(),
-            round_trips=self._drafting.round_trips(),
+            loads=self._drafting.loads(),
         )
 
     def wait_until_idle(self, timeout_s: float) -> bool:

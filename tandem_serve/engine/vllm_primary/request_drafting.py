@@ -19,7 +19,7 @@ from tandem_serve.engine.vllm_primary.options import TandemOptions
 from tandem_serve.engine.vllm_primary.prefixes import PrefixRepresentations
 from tandem_serve.interfaces import LinkFactory
 from tandem_serve.metrics import PrimaryMetrics, WithoutDraft
-from tandem_serve.types import GenerationRequest
+from tandem_serve.types import DrafterLoad, GenerationRequest
 
 _log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ class RequestDrafting:
     def link_states(self) -> tuple[tuple[str, str], ...]:
         return self._links.states()
 
-    def round_trips(self) -> tuple[tuple[str, float], ...]:
-        return self._links.round_trips(self._clock())
+    def loads(self) -> tuple[DrafterLoad, ...]:
+        return self._links.loads(self._clock())
 
     # -------------------------------------------------------------- requests
 

@@ -57,7 +57,8 @@ class ResumingClient:
         """The whole completion; a part of it where the cluster stays dead for longer than this client is patient."""
         delivery = Delivery()
         while len(delivery.token_ids) < order.max_tokens:
-            if time.monotonic() - delivery.last_token_s > self._patience_s:
+            if (now := time.monotonic()) - delivery.last_token_s > self._patience_s:
+                delivery.gaps.append((delivery.last_token_s, now))
                 break
             num_before = len(delivery.token_ids)
             try:

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from tandem_serve.rpc._gen.tandem.v1 import drafting_pb2 as tandem_dot_v1_dot_drafting__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\x1a\x18tandem/v1/drafting.proto\"\x93\x03\n\x15GenerateTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x19\n\x0cnum_logprobs\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x0c\x62lock_length\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x17\n\x0f\x64rafter_address\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\x0f \x01(\t\x12&\n\x06policy\x18\t \x01(\x0e\x32\x16.tandem.v1.BlockPolicy\x12\x16\n\tthreshold\x18\n \x01(\x01H\x02\x88\x01\x01\x12%\n\x04mode\x18\x0b \x01(\x0e\x32\x17.tandem.v1.DecodingModeB\x0f\n\r_num_logprobsB\x0f\n\r_block_lengthB\x0c\n\n_threshold\"\xbd\x01\n\x16GenerateTokensResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13num_accepted_tokens\x18\x02 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.tandem.v1.FinishReason\"W\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\"\x19\n\x17GetPrimaryStatusRequest\"\xc8\x01\n\x18GetPrimaryStatusResponse\x12(\n\x07primary\x18\x01 \x01(\x0b\x32\x17.tandem.v1.PrimaryModel\x12\x1c\n\x14num_requests_running\x18\x02 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x03 \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x04 \x01(\x02\x12.\n\x08\x64rafters\x18\x05 \x03(\x0b\x32\x1c.tandem.v1.DrafterLinkStatus\"u\n\x11\x44rafterLinkStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.tandem.v1.LinkState\x12\x19\n\x0cround_trip_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_round_trip_s\"R\n\x15\x44irectDraftingRequest\x12-\n\x07lengths\x18\x01 \x01(\x0b\x32\x17.tandem.v1.BlockLengthsH\x00\x88\x01\x01\x42\n\n\x08_lengths\"5\n\x0c\x42lockLengths\x12\x10\n\x08\x62y_batch\x18\x01 \x03(\r\x12\x13\n\x0bprobe_every\x18\x02 \x03(\r\"P\n\x16\x44irectDraftingResponse\x12,\n\x05\x63osts\x18\x01 \x01(\x0b\x32\x18.tandem.v1.DraftingCostsH\x00\x88\x01\x01\x42\x08\n\x06_costs\"\xb3\x01\n\rDraftingCosts\x12$\n\x06verify\x18\x01 \x03(\x0b\x32\x14.tandem.v1.CostPoint\x12#\n\x05\x64raft\x18\x02 \x03(\x0b\x32\x14.tandem.v1.CostPoint\x12\r\n\x05tried\x18\x03 \x03(\x01\x12\r\n\x05right\x18\x04 \x03(\x01\x12-\n\x07lengths\x18\x05 \x01(\x0b\x32\x17.tandem.v1.BlockLengthsH\x00\x88\x01\x01\x42\n\n\x08_lengths\":\n\tCostPoint\x12\x0c\n\x04size\x18\x01 \x01(\x01\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01*\xa9\x01\n\x0c\x44\x65\x63odingMode\x12\x1d\n\x19\x44\x45\x43ODING_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x45\x43ODING_MODE_PLAIN\x10\x01\x12\x1d\n\x19\x44\x45\x43ODING_MODE_SPECULATIVE\x10\x02\x12\x18\n\x14\x44\x45\x43ODING_MODE_TANDEM\x10\x03\x12(\n$DECODING_MODE_TANDEM_REPRESENTATIONS\x10\x04*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*\x87\x01\n\tLinkState\x12\x1a\n\x16LINK_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15LINK_STATE_CONNECTING\x10\x01\x12\x14\n\x10LINK_STATE_READY\x10\x02\x12\x16\n\x12LINK_STATE_REFUSED\x10\x03\x12\x15\n\x11LINK_STATE_CLOSED\x10\x04\x32\x9d\x02\n\x0ePrimaryService\x12W\n\x0eGenerateTokens\x12 .tandem.v1.GenerateTokensRequest\x1a!.tandem.v1.GenerateTokensResponse0\x01\x12[\n\x10GetPrimaryStatus\x12\".tandem.v1.GetPrimaryStatusRequest\x1a#.tandem.v1.GetPrimaryStatusResponse\x12U\n\x0e\x44irectDrafting\x12 .tandem.v1.DirectDraftingRequest\x1a!.tandem.v1.DirectDraftingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\x1a\x18tandem/v1/drafting.proto\"\x93\x03\n\x15GenerateTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x19\n\x0cnum_logprobs\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x0c\x62lock_length\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x17\n\x0f\x64rafter_address\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\x0f \x01(\t\x12&\n\x06policy\x18\t \x01(\x0e\x32\x16.tandem.v1.BlockPolicy\x12\x16\n\tthreshold\x18\n \x01(\x01H\x02\x88\x01\x01\x12%\n\x04mode\x18\x0b \x01(\x0e\x32\x17.tandem.v1.DecodingModeB\x0f\n\r_num_logprobsB\x0f\n\r_block_lengthB\x0c\n\n_threshold\"\xbd\x01\n\x16GenerateTokensResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13num_accepted_tokens\x18\x02 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.tandem.v1.FinishReason\"W\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\"\x19\n\x17GetPrimaryStatusRequest\"\xc8\x01\n\x18GetPrimaryStatusResponse\x12(\n\x07primary\x18\x01 \x01(\x0b\x32\x17.tandem.v1.PrimaryModel\x12\x1c\n\x14num_requests_running\x18\x02 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x03 \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x04 \x01(\x02\x12.\n\x08\x64rafters\x18\x05 \x03(\x0b\x32\x1c.tandem.v1.DrafterLinkStatus\"\x80\x01\n\x11\x44rafterLinkStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.tandem.v1.LinkState\x12\x15\n\rnum_sequences\x18\x03 \x01(\r\x12\x13\n\x06wait_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_wait_s\"^\n\x15\x44irectDraftingRequest\x12-\n\x07lengths\x18\x03 \x01(\x0b\x32\x17.tandem.v1.BlockLengthsH\x00\x88\x01\x01\x42\n\n\x08_lengthsJ\x04\x08\x01\x10\x02J\x04\x08\x02\x10\x03\"5\n\x0c\x42lockLengths\x12\x10\n\x08\x62y_batch\x18\x01 \x03(\r\x12\x13\n\x0bprobe_every\x18\x02 \x03(\r\"P\n\x16\x44irectDraftingResponse\x12,\n\x05\x63osts\x18\x01 \x01(\x0b\x32\x18.tandem.v1.DraftingCostsH\x00\x88\x01\x01\x42\x08\n\x06_costs\"\xb3\x01\n\rDraftingCosts\x12$\n\x06verify\x18\x01 \x03(\x0b\x32\x14.tandem.v1.CostPoint\x12#\n\x05\x64raft\x18\x02 \x03(\x0b\x32\x14.tandem.v1.CostPoint\x12\r\n\x05tried\x18\x03 \x03(\x01\x12\r\n\x05right\x18\x04 \x03(\x01\x12-\n\x07lengths\x18\x05 \x01(\x0b\x32\x17.tandem.v1.BlockLengthsH\x00\x88\x01\x01\x42\n\n\x08_lengths\":\n\tCostPoint\x12\x0c\n\x04size\x18\x01 \x01(\x01\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01*\xa9\x01\n\x0c\x44\x65\x63odingMode\x12\x1d\n\x19\x44\x45\x43ODING_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x45\x43ODING_MODE_PLAIN\x10\x01\x12\x1d\n\x19\x44\x45\x43ODING_MODE_SPECULATIVE\x10\x02\x12\x18\n\x14\x44\x45\x43ODING_MODE_TANDEM\x10\x03\x12(\n$DECODING_MODE_TANDEM_REPRESENTATIONS\x10\x04*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*\x87\x01\n\tLinkState\x12\x1a\n\x16LINK_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15LINK_STATE_CONNECTING\x10\x01\x12\x14\n\x10LINK_STATE_READY\x10\x02\x12\x16\n\x12LINK_STATE_REFUSED\x10\x03\x12\x15\n\x11LINK_STATE_CLOSED\x10\x04\x32\x9d\x02\n\x0ePrimaryService\x12W\n\x0eGenerateTokens\x12 .tandem.v1.GenerateTokensRequest\x1a!.tandem.v1.GenerateTokensResponse0\x01\x12[\n\x10GetPrimaryStatus\x12\".tandem.v1.GetPrimaryStatusRequest\x1a#.tandem.v1.GetPrimaryStatusResponse\x12U\n\x0e\x44irectDrafting\x12 .tandem.v1.DirectDraftingRequest\x1a!.tandem.v1.DirectDraftingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem_serve.rpc._gen.tandem.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECODINGMODE']._serialized_start=1564
-  _globals['_DECODINGMODE']._serialized_end=1733
-  _globals['_FINISHREASON']._serialized_start=1735
-  _globals['_FINISHREASON']._serialized_end=1855
-  _globals['_LINKSTATE']._serialized_start=1858
-  _globals['_LINKSTATE']._serialized_end=1993
+  _globals['_DECODINGMODE']._serialized_start=1588
+  _globals['_DECODINGMODE']._serialized_end=1757
+  _globals['_FINISHREASON']._serialized_start=1759
+  _globals['_FINISHREASON']._serialized_end=1879
+  _globals['_LINKSTATE']._serialized_start=1882
+  _globals['_LINKSTATE']._serialized_end=2017
   _globals['_GENERATETOKENSREQUEST']._serialized_start=65
   _globals['_GENERATETOKENSREQUEST']._serialized_end=468
   _globals['_GENERATETOKENSRESPONSE']._serialized_start=471
@@ -48,18 +48,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPRIMARYSTATUSREQUEST']._serialized_end=776
   _globals['_GETPRIMARYSTATUSRESPONSE']._serialized_start=779
   _globals['_GETPRIMARYSTATUSRESPONSE']._serialized_end=979
-  _globals['_DRAFTERLINKSTATUS']._serialized_start=981
-  _globals['_DRAFTERLINKSTATUS']._serialized_end=1098
-  _globals['_DIRECTDRAFTINGREQUEST']._serialized_start=1100
-  _globals['_DIRECTDRAFTINGREQUEST']._serialized_end=1182
-  _globals['_BLOCKLENGTHS']._serialized_start=1184
-  _globals['_BLOCKLENGTHS']._serialized_end=1237
-  _globals['_DIRECTDRAFTINGRESPONSE']._serialized_start=1239
-  _globals['_DIRECTDRAFTINGRESPONSE']._serialized_end=1319
-  _globals['_DRAFTINGCOSTS']._serialized_start=1322
-  _globals['_DRAFTINGCOSTS']._serialized_end=1501
-  _globals['_COSTPOINT']._serialized_start=1503
-  _globals['_COSTPOINT']._serialized_end=1561
-  _globals['_PRIMARYSERVICE']._serialized_start=1996
-  _globals['_PRIMARYSERVICE']._serialized_end=2281
+  _globals['_DRAFTERLINKSTATUS']._serialized_start=982
+  _globals['_DRAFTERLINKSTATUS']._serialized_end=1110
+  _globals['_DIRECTDRAFTINGREQUEST']._serialized_start=1112
+  _globals['_DIRECTDRAFTINGREQUEST']._serialized_end=1206
+  _globals['_BLOCKLENGTHS']._serialized_start=1208
+  _globals['_BLOCKLENGTHS']._serialized_end=1261
+  _globals['_DIRECTDRAFTINGRESPONSE']._serialized_start=1263
+  _globals['_DIRECTDRAFTINGRESPONSE']._serialized_end=1343
+  _globals['_DRAFTINGCOSTS']._serialized_start=1346
+  _globals['_DRAFTINGCOSTS']._serialized_end=1525
+  _globals['_COSTPOINT']._serialized_start=1527
+  _globals['_COSTPOINT']._serialized_end=1585
+  _globals['_PRIMARYSERVICE']._serialized_start=2020
+  _globals['_PRIMARYSERVICE']._serialized_end=2305
 # @@protoc_insertion_point(module_scope)

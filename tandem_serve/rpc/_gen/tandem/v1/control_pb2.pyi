@@ -116,14 +116,16 @@ class GetPrimaryStatusResponse(_message.Message):
     def __init__(self, primary: _Optional[_Union[_drafting_pb2.PrimaryModel, _Mapping]] = ..., num_requests_running: _Optional[int] = ..., num_requests_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., drafters: _Optional[_Iterable[_Union[DrafterLinkStatus, _Mapping]]] = ...) -> None: ...
 
 class DrafterLinkStatus(_message.Message):
-    __slots__ = ("address", "state", "round_trip_s")
+    __slots__ = ("address", "state", "num_sequences", "wait_s")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
-    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     address: str
     state: LinkState
-    round_trip_s: float
-    def __init__(self, address: _Optional[str] = ..., state: _Optional[_Union[LinkState, str]] = ..., round_trip_s: _Optional[float] = ...) -> None: ...
+    num_sequences: int
+    wait_s: float
+    def __init__(self, address: _Optional[str] = ..., state: _Optional[_Union[LinkState, str]] = ..., num_sequences: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class DirectDraftingRequest(_message.Message):
     __slots__ = ("lengths",)
