@@ -4,9 +4,9 @@
     python benchmarks/block_lengths.py --loads 1,4,16,32 --fixed 0,2,5 --json runs/block-lengths.json
 
 Each load: the contenders by turns, `--turns` times, in any order; in a turn all get the same requests, for about
-`--seconds` and three a client at least. Nobody streams, so that clients cost little. Before each load the router gets a few
-seconds to find out; besides, it learns from what the fixed contenders do. Tokens a second are medians of the turns, and
-so is the ratio: a machine is not equally fast from minute to minute, the contenders of one turn meet it alike.
+`--seconds` and three a client at least. Nobody streams, so that clients cost little. Before each load the router gets
+a few seconds to find out; besides, it learns from what the fixed contenders do. Tokens a second are medians of the
+turns, and so is the ratio: a machine is not equally fast from minute to minute, the contenders of a turn meet it alike.
 """
 
 from __future__ import annotations

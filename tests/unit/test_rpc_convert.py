@@ -317,7 +317,8 @@ def test_a_generation_step_survives_the_wire(
 
 def test_a_status_survives_the_wire() -> None:
     links = tuple((f"h:{i}", state) for i, state in enumerate(["connecting", "ready", "refused", "closed"]))
-    status = PrimaryStatus(3, 4, 0.5, links)
+    loads = tuple(DrafterLoad(address, i, i * 0.125 or None) for i, (address, _) in enumerate(links))
+    status = PrimaryStatus(3, 4, 0.5, links, loads)
     data = primary_status_response(PRIMARY, status).SerializeToString()
     message = fields.parse(control_pb2.GetPrimaryStatusResponse, data)
     assert parse_primary_status_response(message) == (PRIMARY, status)
