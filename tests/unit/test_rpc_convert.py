@@ -43,6 +43,7 @@ from tandem_serve.types import (
     CreditGranted,
     DecodingMode,
     DraftBlock,
+    DrafterLoad,
     ExtendSequence,
     FinishReason,
     GenerationRequest,
