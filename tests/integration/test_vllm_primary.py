@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,10 @@ from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.errors import InvalidRequest
 from tandem_serve.interfaces import DrafterLink
 from tandem_serve.types import FinishReason, GenerationRequest, PrimaryInfo, SamplingParams
+from tests.checkpoints import make_tokenizer
 from tests.engines import GREEDY, Output, a_request, generate, make_drafter_engine, make_engine, tiny_drafter
 from tests.scripted_link import MISBEHAVIOURS, ScriptedLink, misbehaviour, oracle
-from tests.vllm_models import MODEL, build, needs_vllm
+from tests.vllm_models import KV_BLOCK, MODEL, build, needs_vllm
 
 pytestmark = needs_vllm
 
@@ -137,6 +139,67 @@ def test_stop_tokens_logprobs_and_lengths_agree_with_the_torch_engine(engine: An
         assert [i for i, _ in a.top] == [i for i, _ in b.top]
     chosen_only = generate(engine, [replace(asked, request_id="c", num_logprobs=0)])["c"]
     assert [each.top for each in chosen_only.logprobs] == [()] * len(chosen_only.token_ids)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "of_vllm",
+    [
+        {"repetition_penalty": 1.4, "presence_penalty": 0.6, "frequency_penalty": 0.4},
+        {"min_tokens": 25, "stop_token_ids": list(range(0, 287, 2))},
+        {"allowed_token_ids": list(range(3, 200, 3))},
+    ],
+    ids=["penalties", "min_tokens", "masks"],
+)
+def test_what_vllm_does_to_logits_holds_with_drafts(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, of_vllm: dict[str, Any], sampling: SamplingParams
+) -> None:
+    """Our API does not ask for these, vLLM's own server does: they are put into what vLLM is given."""
+    original = engine._sampling_params
+
+    def with_more(request: GenerationRequest) -> Any:
+        params = original(request)
+        for name, value in of_vllm.items():
+            setattr(params, name, value)
+        params.__post_init__()
+        return params
+
+    engine.set_drafters(["tandem"])
+    asked = [a_request(f"{i}", range(3, 9 + i), 40, replace(sampling, seed=i)) for i in range(4)]
+    usual = tokens(generate(engine, [replace(each, request_id=f"u{each.request_id}") for each in asked]))
+    monkeypatch.setattr(engine, "_sampling_params", with_more)
+    plain = [replace(each, request_id=f"p{each.request_id}", block_length=0) for each in asked]
+    expected = tokens(generate(engine, plain))
+    outputs = generate(engine, [replace(each, request_id=f"d{each.request_id}") for each in asked])
+    assert tokens(outputs) == expected
+    assert expected != usual, "it was meant to make a difference"
+    assert sum(output.num_accepted_tokens for output in outputs.values()) > 0
+
+
+def test_a_grammar_holds_with_drafts(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's structured outputs, which need its tokenizer: that of the model's folder."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    engine = build(links, engine_args={"block_size": KV_BLOCK, "skip_tokenizer_init": False})
+    original = engine._sampling_params
+
+    def with_grammar(request: GenerationRequest) -> Any:
+        params = original(request)
+        params.structured_outputs = StructuredOutputsParams(regex="[abc ]{20}[xyz]{30}")
+        params.__post_init__()
+        return params
+
+    monkeypatch.setattr(engine, "_sampling_params", with_grammar)
+    engine.set_drafters(["tandem"])
+    asked = [a_request(f"{i}", range(3, 9 + i), 40, replace(SAMPLED, seed=i)) for i in range(3)]
+    plain = tokens(
+        generate(engine, [replace(each, request_id=f"p{each.request_id}", block_length=0) for each in asked])
+    )
+    assert tokens(generate(engine, asked)) == plain
+    tokenizer = make_tokenizer()
+    for token_ids in plain:
+        assert re.fullmatch("[abc ]{20}[xyz]+", tokenizer.decode(list(token_ids)))
+    engine.close()
 
 
 def test_requests_are_aborted_refused_and_their_drafting_ends(engine: Any) -> None:

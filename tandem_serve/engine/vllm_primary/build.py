@@ -91,10 +91,10 @@ def engine_arguments(model: str, info: PrimaryInfo, config: VllmEngineConfig, *,
         "enforce_eager": _is_eager(config),
         "max_logprobs": -1,
         "disable_log_stats": True,
+        "skip_tokenizer_init": True,  # text is the router's business
         **memory,
         **config.engine_args,
         "model": str(resolve_folder(model)),
-        "skip_tokenizer_init": True,  # text is the router's business
         "async_scheduling": False,  # drafts must be known when a step is scheduled
         "hf_overrides": {"eagle_aux_hidden_state_layer_ids": list(options.taps)},
         "speculative_config": {
