@@ -143,13 +143,17 @@ class DrafterLinks:
             drafter.num_surplus = max(drafter.num_attached - share, 0)
 
     def less_busy_than(self, drafter: DrafterPeer, fits: Callable[[DrafterInfo], bool]) -> DrafterPeer | None:
-        """The least busy of those that answer and fit, where that is worth a move; None takes the surplus away."""
-        others = [d for d in self if d is not drafter and d.is_known and d.next_probe_s is None and d.ready_info()]
+        """The least busy of those that answer and fit, where that is worth a move.
+
+        Where no other one is less busy, there is no surplus any more.
+        """
+        others = [d for d in self if d is not drafter and d.is_known and d.ready_info() is not None]
         least = min((d.num_attached for d in others), default=drafter.num_attached)
         if least + 1 >= drafter.num_attached:
             drafter.num_surplus = 0  # it has come down by itself
             return None
-        fitting = [d for d in others if (info := d.ready_info()) is not None and fits(info)]
+        answering = [d for d in others if d.next_probe_s is None]
+        fitting = [d for d in answering if (info := d.ready_info()) is not None and fits(info)]
         found = min(fitting, key=lambda d: d.num_attached, default=None)
         return found if found is not None and found.num_attached + 1 < drafter.num_attached else None
 

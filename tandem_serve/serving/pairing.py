@@ -90,10 +90,17 @@ class Pairing:
         """Where members of either pool are, as far as that is known: by name or address."""
         self._nodes = nodes
 
-    def set_loads(self, measured: Mapping[str, Iterable[DrafterLoad]]) -> None:
-        """What each primary that answers asks of its drafters at present. What is not in there counts no more."""
+    def counted(self) -> Counter[str]:
+        """This router's sequences by drafter, at present."""
+        return Counter({each: self.drafters.num_running(each) for each in self.drafters.members})
+
+    def set_loads(self, measured: Mapping[str, Iterable[DrafterLoad]], counted: Counter[str]) -> None:
+        """What each primary that answers asks of its drafters, and what was counted here when they were asked.
+
+        What is not in there counts no more.
+        """
         self._measured = {primary: {load.address: load for load in loads} for primary, loads in measured.items()}
-        self._counted = Counter({each: self.drafters.num_running(each) for each in self.drafters.members})
+        self._counted = counted
 
     def pick_primary(self, prompt: Sequence[int], exclude: Container[str] = ()) -> str | None:
         """The least loaded one, or one that has the longest part of the prompt in its cache and is hardly busier."""

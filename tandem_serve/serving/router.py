@@ -109,8 +109,11 @@ class PairingRouter:
 
     async def measure(self) -> None:
         """One look. Takes at most a few seconds, whoever does not answer."""
+        counted = self._pairing.counted()  # before they are asked: what comes meanwhile they may not know of yet
         primaries = (await self.overview()).primaries
-        self._pairing.set_loads({each.name: each.status.loads for each in primaries if each.status is not None})
+        self._pairing.set_loads(
+            {each.name: each.status.loads for each in primaries if each.status is not None}, counted
+        )
 
     async def info(self) -> PrimaryInfo:
         """Any primary's, for they all serve the same model."""

@@ -111,10 +111,10 @@ def test_a_drafter_on_the_primary_s_node_comes_first_until_it_is_busier() -> Non
 def test_the_measured_round_trip_outweighs_the_node_and_a_far_drafter_is_left_for_busy_times() -> None:
     pairing = pairing_of("pq", "xy")
     pairing.set_nodes({"p": "here", "x": "there", "y": "here"})
-    pairing.set_loads({"p": [DrafterLoad("x", 0, 0.001), DrafterLoad("y", 0, 0.010)]})
+    pairing.set_loads({"p": [DrafterLoad("x", 0, 0.001), DrafterLoad("y", 0, 0.010)]}, pairing.counted())
     assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 5) == "xxxyx"
     assert pairing.pick_drafter("q") == "y", "another primary has measured nothing"
-    pairing.set_loads({"p": [DrafterLoad("x", 1, 0.00100), DrafterLoad("y", 0, 0.00115)]})
+    pairing.set_loads({"p": [DrafterLoad("x", 1, 0.00100), DrafterLoad("y", 0, 0.00115)]}, pairing.counted())
     assert pairing.pick_drafter("p") == "y", "that is no difference"
 
 
@@ -122,12 +122,13 @@ def test_the_load_of_a_drafter_is_what_primaries_say_and_what_has_come_since() -
     pairing = pairing_of("pq", "xy")
     assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 4) == "xyxy"
     # A primary has moved one of x's to y, and another router has paired two with x.
-    pairing.set_loads({"p": [DrafterLoad("x", 1, None), DrafterLoad("y", 3, None)], "q": [DrafterLoad("x", 2, None)]})
+    first, second = [DrafterLoad("x", 1, None), DrafterLoad("y", 3, None)], [DrafterLoad("x", 2, None)]
+    pairing.set_loads({"p": first, "q": second}, pairing.counted())
     assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 1) in "xy"
     pairing.drafters.end("y")
     pairing.drafters.end("y")
     assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 2) == "yy"
-    pairing.set_loads({"p": [DrafterLoad("x", 0, None), DrafterLoad("y", 4, None)]})
+    pairing.set_loads({"p": [DrafterLoad("x", 0, None), DrafterLoad("y", 4, None)]}, pairing.counted())
     assert picks(pairing.drafters, lambda: pairing.pick_drafter("p"), 4) == "xxxx"
 
 

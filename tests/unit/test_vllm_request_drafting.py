@@ -235,6 +235,12 @@ def test_options_and_requests_survive_their_way_through_vllm() -> None:
     assert noise_sampling(extra_args(request, shared_noise=False)) is None
 
 
+@pytest.mark.parametrize("extra", [None, {}, {"tandem": "x"}, {"tandem": ["sampling"]}, {"other": 1}])
+def test_what_other_clients_put_there_is_none_of_ours(extra: dict[str, object] | None) -> None:
+    assert noise_sampling(extra) is None
+    assert drafting_request("r", (1, 2), 3, extra).sampling.temperature == 0
+
+
 def test_the_docs_list_what_is_relied_on() -> None:
     docs = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
     parts = (requirements.RUNNER, requirements.BATCH, requirements.SAMPLER, requirements.EXECUTE_STATE)

@@ -195,8 +195,11 @@ class VllmPrimary:
         with self._lock:
             self._is_closed = True
         self._drain_inbox()
-        for request_id in list(self._running):
-            self._abort(request_id)
+        for running in list(self._running.values()):
+            with suppress(Exception):  # whatever state a broken step has left it in
+                self._engine.abort_request([running.request.request_id])
+            self._end(running.request.request_id, FinishReason.ABORT)
+            self._deliver(running, GenerationStep(running.request.request_id, (), finish_reason=FinishReason.ABORT))
         self._engine.engine_core.shutdown()
 
     # -------------------------------------------------------------- requests
@@ -216,6 +219,8 @@ class VllmPrimary:
             self._engine.add_request(request.request_id, prompt, self._sampling_params(request))
         except Exception as error:  # what vLLM refuses of what we let pass
             _log.exception("vLLM refused %s", request.request_id)
+            with suppress(Exception):  # it may have got half of the way
+                self._engine.abort_request([request.request_id])
             self._end(request.request_id, FinishReason.ABORT)
             self._deliver(running, InvalidRequest(f"vLLM refused the request: {error}"))
 

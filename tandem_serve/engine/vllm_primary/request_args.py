@@ -31,8 +31,7 @@ def extra_args(request: GenerationRequest, *, shared_noise: bool) -> dict[str, A
 
 def noise_sampling(extra: Mapping[str, Any] | None) -> SamplingParams | None:
     """How the sampler is to choose for a request with these extra_args; None: vLLM's own way."""
-    found = (extra or {}).get(KEY)
-    sampling = None if found is None else found.get("sampling")
+    sampling = _ours(extra).get("sampling")
     return None if sampling is None or sampling["temperature"] == 0 else SamplingParams(**sampling)
 
 
@@ -44,7 +43,7 @@ def drafting_request(
     So is a sampled one under vLLM's own rejection sampler: with ids alone on the wire the likeliest draft is the one
     most often accepted.
     """
-    found = (extra or {}).get(KEY) or {}
+    found = _ours(extra)
     return GenerationRequest(
         request_id=found.get("request_id") or vllm_request_id[-MAX_REQUEST_ID_BYTES:],
         prompt_token_ids=tuple(prompt_token_ids),
@@ -57,3 +56,9 @@ def drafting_request(
         threshold=found.get("threshold"),
         mode=DecodingMode(found.get("mode", DecodingMode.SPECULATIVE)),
     )
+
+
+def _ours(extra: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What `extra_args` has put there. vLLM's own server lets clients put anything else under any name."""
+    found = (extra or {}).get(KEY)
+    return found if isinstance(found, dict) else {}

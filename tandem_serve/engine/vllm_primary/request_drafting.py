@@ -95,6 +95,7 @@ class RequestDrafting:
         self._by_request: dict[str, DraftedSequence] = {}  # by vLLM's
         self._idle_s = 0.0  # spent in `wait` since the last step
         self._ready_until_s: float | None = None  # so long those that are ready wait for others
+        self._held: set[str] = set()  # by the last `select`
         self._asked = 0  # the longest block that the present step has waited for
         self.last_step: dict[
             str, tuple[int, int]
@@ -162,6 +163,7 @@ class RequestDrafting:
                 elif drafts := self._coordinator.peek_drafts(sequence):
                     selection.drafts[request_id] = drafts
             waits = waits or (alone and self._wait_pays(selection, len(decoding), now_s))
+        self._held = selection.held
         return Selection(held=set(decoding)) if waits and selection.held else selection
 
     def _wait_pays(self, selection: Selection, num_decoding: int, now_s: float) -> bool:
@@ -225,7 +227,8 @@ class RequestDrafting:
     def wait(self, timeout_s: float) -> None:
         """Blocks until something arrives, a round's deadline passes, or for timeout_s."""
         started_s = self._clock()
-        deadline = self._coordinator.earliest_deadline_s(self._sequences.values())
+        held = [self._by_request[request_id] for request_id in self._held if request_id in self._by_request]
+        deadline = self._coordinator.earliest_deadline_s(held)  # not of those that vLLM has preempted meanwhile
         for limit in (deadline, self._ready_until_s):
             if limit is not None:
                 timeout_s = min(timeout_s, max(limit - started_s, 0.0))
