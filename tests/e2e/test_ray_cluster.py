@@ -184,6 +184,13 @@ class TestRayCluster(ServingContract):
         ready = "INFO tandem_serve.rpc.drafting_client: drafter "
         eventually(lambda: ready in up.log_of("primary"), "the primary's log names its drafter")
 
+    def test_routers_hear_from_primaries_how_long_each_drafter_takes(self, up: Up, cluster: Cluster) -> None:
+        cluster.complete(max_tokens=40, ignore_eos=True)
+        (primary,) = httpx.get(f"{cluster.http}/status", timeout=10).json()["primaries"]
+        waits = {load["address"]: load["wait_s"] for load in primary["status"]["loads"]}
+        assert waits.keys() == up.linked_drafters()
+        assert all(waits.values())
+
     def test_one_request_is_one_trace_through_all_pools(self, up: Up, cluster: Cluster) -> None:
         check_one_request_is_one_trace(cluster, up.collector)
 

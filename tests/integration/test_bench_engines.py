@@ -35,7 +35,7 @@ def check(figures: dict, modes: set[str]) -> None:
         for name, mode in by_mode.items():
             assert mode["identical_to_plain"] == figures["num_prompts"] == 3, name
             assert mode["tokens_per_s"] > 0
-    for name in modes - set(FAULTY):  # vLLM's engine may find that drafts do not pay, once it has measured some
+    for name in modes - {"vllm-tandem", *FAULTY}:  # these may find that drafts do not pay on so small a pair
         has_accepted = any(by_mode[name]["accepted_per_block"] > 0 for by_mode in figures["modes"].values())
         assert has_accepted == ("tandem" in name), name
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,10 +12,9 @@ from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.errors import InvalidRequest
 from tandem_serve.interfaces import DrafterLink
 from tandem_serve.types import FinishReason, GenerationRequest, PrimaryInfo, SamplingParams
-from tests.checkpoints import make_tokenizer
 from tests.engines import GREEDY, Output, a_request, generate, make_drafter_engine, make_engine, tiny_drafter
 from tests.scripted_link import MISBEHAVIOURS, ScriptedLink, misbehaviour, oracle
-from tests.vllm_models import KV_BLOCK, MODEL, build, needs_vllm
+from tests.vllm_models import MODEL, build, needs_vllm
 
 pytestmark = needs_vllm
 
@@ -174,34 +172,6 @@ def test_what_vllm_does_to_logits_holds_with_drafts(
     assert tokens(outputs) == expected
     assert expected != usual, "it was meant to make a difference"
     assert sum(output.num_accepted_tokens for output in outputs.values()) > 0
-
-
-def test_a_grammar_holds_with_drafts(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's structured outputs, which need its tokenizer: that of the model's folder."""
-    from vllm.sampling_params import StructuredOutputsParams
-
-    engine = build(links, engine_args={"block_size": KV_BLOCK, "skip_tokenizer_init": False})
-    original = engine._sampling_params
-
-    def with_grammar(request: GenerationRequest) -> Any:
-        params = original(request)
-        params.structured_outputs = StructuredOutputsParams(regex="[abc ]{20}[xyz]{30}")
-        params.__post_init__()
-        return params
-
-    monkeypatch.setattr(engine, "_sampling_params", with_grammar)
-    engine.set_drafters(["tandem"])
-    asked = [a_request(f"{i}", range(3, 9 + i), 40, replace(SAMPLED, seed=i)) for i in range(3)]
-    plain = tokens(
-        generate(engine, [replace(each, request_id=f"p{each.request_id}", block_length=0) for each in asked])
-    )
-    outputs = generate(engine, asked)
-    engine.close()
-    assert tokens(outputs) == plain
-    assert sum(output.num_accepted_tokens for output in outputs.values()) > 0
-    tokenizer = make_tokenizer()
-    for token_ids in plain:
-        assert re.fullmatch("[abc ]{20}[xyz]+", tokenizer.decode(list(token_ids)))
 
 
 def test_requests_are_aborted_refused_and_their_drafting_ends(engine: Any) -> None:
