@@ -134,6 +134,9 @@ def drafter(
         list[str], typer.Option(help="A further tandem drafter with that map, beside the others; repeatable.")
     ] = [],  # noqa: B006 - typer copies it
     block_lengths: Annotated[str, typer.Option(help="One length or a range, drawn per batch. 2: the paper's.")] = "1-8",
+    other_block_lengths: Annotated[
+        list[str], typer.Option(help="A further tandem drafter trained at those, beside the others; repeatable.")
+    ] = [],  # noqa: B006 - typer copies it
     layers: int = 2,
     hidden_size: Size = None,
     intermediate_size: Size = None,
@@ -189,6 +192,7 @@ def drafter(
             layer_map=layer_map,
             other_layer_maps=tuple(other_layer_map),
             block_lengths=parse_block_lengths(block_lengths),
+            other_block_lengths=tuple(map(parse_block_lengths, other_block_lengths)),
             kinds=(TANDEM, PLAIN) if both else (PLAIN,) if plain else _names(kinds, {TANDEM, PLAIN, *PEERS}),
             train_primary=train_primary,
             init_from=str(Path(init_from).resolve()) if Path(init_from or "-").is_dir() else init_from,
@@ -287,6 +291,7 @@ def demo(
         both=True,
         layer_map="2+9+16",
         other_layer_map=[],
+        other_block_lengths=[],
         hidden_size=192,
         intermediate_size=512,
         heads=6,

@@ -138,8 +138,7 @@ class AssistedGeneration:
                     self._is_prompt = False
                     return
                 token_ids = tuple(value.reshape(-1).tolist())
-                step = GenerationStep(str(self._index), token_ids, max(len(token_ids) - 1, 0))
-                deliver(self._index, step, time.perf_counter())
+                deliver(self._index, GenerationStep(str(self._index), token_ids), time.perf_counter())
 
             def end(self) -> None:
                 pass

@@ -29,6 +29,7 @@ REMOTE = (
     "vllm-tandem",
     "vllm-tandem-synchronous",
     "vllm-tandem-rejection",
+    "vllm-tandem-colocated",  # the primary has both cores, as the peers do, and the drafter shares the second
     "torch-tandem",
 )  # and a core for the drafter
 FAULTY = {  # vllm-tandem with a bad network before its drafter: what a primary must not suffer from
@@ -44,6 +45,9 @@ COMPARED = (
     ("vllm-undrafted", "vllm"),
     ("vllm-tandem", "vllm-tandem-synchronous"),
     ("vllm-tandem", "vllm-tandem-rejection"),
+    ("vllm-tandem-colocated", "vllm"),
+    ("vllm-tandem-colocated", "vllm-ngram"),
+    ("vllm-tandem-colocated", "vllm-draft-model"),
     *((mode, "vllm") for mode in FAULTY),
     ("vllm-tandem", "vllm-ngram"),
     ("vllm-tandem", "vllm-draft-model"),
@@ -159,7 +163,7 @@ def _child(mode: str, options: EngineOptions, model: Path) -> Iterator[Child]:
     """A contender, with a drafter of its own where it needs one."""
     drafter, plain = options.pair / "drafter", options.pair / "plain-drafter"
     num_cores = os.cpu_count() or 1
-    is_peer = mode in PEERS
+    has_both = mode in PEERS or mode == "vllm-tandem-colocated"
     settings: dict[str, Any] = {
         "model": str(model),
         "plain_drafter": str(plain),
@@ -168,7 +172,7 @@ def _child(mode: str, options: EngineOptions, model: Path) -> Iterator[Child]:
         "taps": drafter_info(drafter, max_block_length=16).taps,
         "block_length": options.block_length,
         "draft_timeout_s": options.draft_timeout_s,
-        "cores": list(range(min(2, num_cores))) if is_peer else [0],
+        "cores": list(range(min(2, num_cores))) if has_both else [0],
     }
     if mode == "vllm-draft-model" and not plain.is_dir():
         raise ConfigError(f"mode {mode}: the pair has no folder {plain.name}")
@@ -178,7 +182,7 @@ def _child(mode: str, options: EngineOptions, model: Path) -> Iterator[Child]:
         link = BadLink(settings["drafter"]) if mode in FAULTY else None
         if link is not None:
             settings["drafter"] = link.address
-        child = Child(mode, settings, 2 if is_peer else 1)
+        child = Child(mode, settings, 2 if has_both else 1)
         if link is not None:
             child.break_link = lambda: stack.enter_context(_bad_weather(link, FAULTY[mode]))
         try:

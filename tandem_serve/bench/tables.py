@@ -62,7 +62,7 @@ def print_engines(figures: dict[str, Any], html_file: Path | None) -> None:
     for concurrency, modes in figures["modes"].items():
         title = f"{concurrency} at a time, temperature {options['temperature']:g}, {options['dtype']}"
         title += f", primary inflated {options['inflate']}x" if options["inflate"] > 1 else ""
-        columns = ("mode", "tokens/s", "first token", "gap p50", "gap p99", "drafts", "accepted", "idle", "= plain")
+        columns = ("mode", "tokens/s", "first token", "gap p50", "gap p99", "a step", "drafts", "accepted", "idle", "= plain")
         table = _table(title, *columns)
         for name, mode in modes.items():
             same = mode["identical_to_plain"]
@@ -72,6 +72,7 @@ def print_engines(figures: dict[str, Any], html_file: Path | None) -> None:
                 f"{mode['time_to_first_token_ms']:.0f} ms",
                 f"{mode['step_gap_ms_p50']:.0f} ms",
                 f"{mode['step_gap_ms_p99']:.0f} ms",
+                f"{mode['tokens_per_step']:.2f}",
                 f"{mode['drafts_per_block']:.1f}" if mode["drafts_per_block"] else "",
                 f"{mode['accepted_per_block']:.2f}" if mode["accepted_per_block"] else "",
                 f"{mode['idle_share']:.0%}" if mode["idle_share"] else "",

@@ -26,6 +26,14 @@ FROZEN, DRAFTER_LOSS, BOTH_LOSSES = "frozen", "drafter-loss", "both-losses"  # t
 Trained = TandemDrafter | Decoder | Peer
 
 
+class Variant(NamedTuple):
+    """What makes one of the drafters of a run different from the others."""
+
+    kind: str
+    layer_map: str
+    block_lengths: tuple[int, int]  # one of this range is drawn per batch
+
+
 @dataclass(frozen=True)
 class DrafterConfig:
     """What is trained, and on what. Names all drafters where several are trained, side by side, on the same batches."""
@@ -34,6 +42,7 @@ class DrafterConfig:
     layer_map: str = "uniform"
     other_layer_maps: tuple[str, ...] = ()  # further tandem drafters, `drafter-MAP`, to be compared with the first
     block_lengths: tuple[int, int] = (1, 8)
+    other_block_lengths: tuple[tuple[int, int], ...] = ()  # likewise, `drafter-blocks-LOW-HIGH`
     kinds: tuple[str, ...] = (TANDEM,)  # TANDEM, PLAIN and peers
     train_primary: str = FROZEN
     distillation_weight: float = 0.5
@@ -51,10 +60,18 @@ class DrafterConfig:
             raise ConfigError("a primary can be trained along with one drafter that reads it, not with several or none")
 
     @property
-    def names(self) -> dict[str, tuple[str, str]]:
-        """Every drafter's name, kind and layer map."""
-        names = {kind: (kind, self.layer_map) for kind in self.kinds}
-        return names | {f"{TANDEM}-{layer_map}": (TANDEM, layer_map) for layer_map in self.other_layer_maps}
+    def names(self) -> dict[str, Variant]:
+        """Every drafter, by its name."""
+        own, layer_map = self.block_lengths, self.layer_map
+        names = {kind: Variant(kind, layer_map, own) for kind in self.kinds}
+        names |= {f"{TANDEM}-{other}": Variant(TANDEM, other, own) for other in self.other_layer_maps}
+        others = {_blocks_name(other): Variant(TANDEM, layer_map, other) for other in self.other_block_lengths}
+        return names | others
+
+
+def _blocks_name(block_lengths: tuple[int, int]) -> str:
+    """`drafter-blocks-5`, `drafter-blocks-1-16`."""
+    return "-".join([TANDEM, "blocks", *map(str, dict.fromkeys(block_lengths))])
 
 
 class TeacherView(NamedTuple):
@@ -92,6 +109,7 @@ class DrafterTask:
         self._sampled = sampled
         self._config = config
         self._device = device
+        self._block_lengths = {name: variant.block_lengths for name, variant in config.names.items()}
         self._taps = tuple(sorted({tap for drafter in drafters.values() for tap in drafter_taps(drafter)}))
         # Only the primary: half of a step is its pass, and drafters take longer to compile than compiling them saves.
         self._view = torch.compile(self._run_primary) if identity["compile"] else self._run_primary
@@ -101,11 +119,11 @@ class DrafterTask:
         token_ids, targets = batch[:, :-1], batch[:, 1:]
         with torch.set_grad_enabled(self._trains_primary):
             view = self._view(token_ids, targets)
-        blocks = block_index(step, token_ids.shape[1], self._config.block_lengths, self._windows.seed)
         distils = step >= self._config.cross_entropy_share * num_steps
         weight = self._config.distillation_weight if distils else 0.0
         losses = {}
         for name, drafter in self._drafters.items():
+            blocks = block_index(step, token_ids.shape[1], self._block_lengths[name], self._windows.seed)
             seen = view._replace(representations=self._seen_by(drafter, view.representations))
             losses[name] = _loss(drafter, token_ids, targets, seen, blocks.to(self._device), weight)
         return losses if view.loss is None else {**losses, PRIMARY: view.loss}

@@ -71,8 +71,8 @@ def train_drafters(
             texts = sampled_once(file, primary_folder, corpus, config.sampled_tokens, batches.seed, trainer.device)
             sampled = TokenWindows(texts, *cut)
     drafters = {
-        name: _build(kind, layer_map, config, primary, fingerprint(primary_folder), batches.seed)
-        for name, (kind, layer_map) in config.names.items()
+        name: _build(variant.kind, variant.layer_map, config, primary, fingerprint(primary_folder), batches.seed)
+        for name, variant in config.names.items()
     }
     if start_from:
         config = replace(config, start_from=" ".join(_begin_with(start_from, drafters, primary)))

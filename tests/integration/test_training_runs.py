@@ -25,7 +25,7 @@ from tandem_serve.training.run_folder import RunFolder
 _SHAPE = ["--layers", "2", "--hidden-size", "32", "--intermediate-size", "64", "--heads", "2", "--kv-heads", "1"]
 _BATCH = ["--sequence-length", "32", "--batch-size", "4", "--threads", "1", "--precision", "fp32", "--quiet"]
 _STEP_TOKENS = 4 * 32
-_BOTH_AND_A_THIRD = ["--both", "--other-layer-map", "0+2"]
+_SIDE_BY_SIDE = ["--both", "--other-layer-map", "0+2", "--other-block-lengths", "2"]
 _DRAFTER_TOKENS = ["--tokens", str(41 * _STEP_TOKENS), "--sampled-tokens", "2k"]
 
 
@@ -62,7 +62,7 @@ def primary_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drafter_run(corpus: Path, primary_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("drafters")
     model = primary_run / "model"
-    _run("drafter", "--data", corpus, "--primary", model, "--out", out, *_DRAFTER_TOKENS, *_BOTH_AND_A_THIRD)
+    _run("drafter", "--data", corpus, "--primary", model, "--out", out, *_DRAFTER_TOKENS, *_SIDE_BY_SIDE)
     return out
 
 
@@ -103,13 +103,16 @@ def test_provenance_says_how_it_was_made(primary_run: Path, drafter_run: Path) -
         assert record["held_out"] and not {n for n in record["held_out"] if not n.endswith(".py")}
 
 
-def test_a_plain_drafter_trained_alone_equals_the_one_trained_beside_a_tandem_drafter(
-    corpus: Path, primary_run: Path, drafter_run: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "options"), [("plain-drafter", ["--plain"]), ("drafter-blocks-2", ["--block-lengths", "2"])]
+)
+def test_a_drafter_trained_alone_equals_the_one_trained_beside_others(
+    name: str, options: list[str], corpus: Path, primary_run: Path, drafter_run: Path, tmp_path: Path
 ) -> None:
     model = primary_run / "model"
-    _run("drafter", "--data", corpus, "--primary", model, "--out", tmp_path, *_DRAFTER_TOKENS, "--plain")
+    _run("drafter", "--data", corpus, "--primary", model, "--out", tmp_path, *_DRAFTER_TOKENS, *options)
     alone, beside = _losses(tmp_path), _losses(drafter_run)
-    assert [alone[s]["plain-drafter"] for s in alone] == [beside[s]["plain-drafter"] for s in beside]
+    assert [[*losses.values()] for losses in alone.values()] == [[losses[name]] for losses in beside.values()]
 
 
 def test_a_run_can_begin_with_another_ones_drafters(
@@ -129,7 +132,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
     if kind == "primary":
         arguments, whole = ["--vocab-size", "300", "--tokens", str(41 * _STEP_TOKENS)], primary_run
     else:
-        arguments, whole = ["--primary", str(primary_run / "model"), *_BOTH_AND_A_THIRD, *_DRAFTER_TOKENS], drafter_run
+        arguments, whole = ["--primary", str(primary_run / "model"), *_SIDE_BY_SIDE, *_DRAFTER_TOKENS], drafter_run
     arguments += ["--data", str(corpus), "--out", str(tmp_path)]
     arguments += ["--checkpoint-interval-s", "0"]  # after every step
     process = subprocess.Popen(_command(kind, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

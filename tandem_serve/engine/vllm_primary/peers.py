@@ -40,7 +40,7 @@ class StockVllm:
         sampling: Sequence[SamplingParams],
         deliver: Callable[[int, GenerationStep, float], None],
     ) -> None:
-        """Runs all prompts together. `deliver` gets (prompt, step, time); accepted tokens are all but a step's last."""
+        """Runs all prompts together. `deliver` gets (prompt, step, time); vLLM does not say how much it drafted."""
         from vllm.sampling_params import RequestOutputKind
 
         for index, (prompt, how) in enumerate(zip(prompts, sampling, strict=True)):
@@ -59,5 +59,5 @@ class StockVllm:
             for output in outputs:
                 token_ids = tuple(output.outputs[0].token_ids)
                 if token_ids:
-                    step = GenerationStep(output.request_id, token_ids, len(token_ids) - 1, len(token_ids) - 1)
+                    step = GenerationStep(output.request_id, token_ids)
                     deliver(int(output.request_id), step, now_s)
