@@ -88,9 +88,9 @@ def reproduce(
 ) -> None:
     """Run the steps of a plan that are not done yet, then write the report. A killed run goes on where it stopped."""
     from tandem_serve.bench.reproduce import read_plan, run_plan
-    from tandem_serve.cli_errors import reported
+    from tandem_serve.cli_errors import interruptible, reported
 
-    with reported():
+    with reported(), interruptible():  # or a killed plan would leave its step running
         steps = read_plan(plan, out, variables, tuple(name for name in only.split(",") if name))
         run_plan(steps, typer.echo)
         report(out)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from tandem_serve.cli_complete import API_KEY, authorization_header, with_scheme
-from tandem_serve.cli_errors import reported
+from tandem_serve.cli_errors import interruptible, reported
 
 File = Annotated[Path, typer.Argument(help="A cluster file, e.g. deployments/demo.yaml.", show_default=False)]
 Model = Annotated[str, typer.Option(help="A folder, a hub id, or `demo`.", show_default=False)]
@@ -46,7 +42,7 @@ def up(file: File) -> None:
         config = load_cluster(file)
         try:
             with (
-                _interruptible(),
+                interruptible(),
                 console.status("") as spinner,
                 local_cluster(config, spinner.update) as endpoints,
             ):
@@ -289,22 +285,3 @@ def _get_json(url: str) -> Any:
     except (OSError, ValueError) as error:
         hint = f"; set {API_KEY}" if getattr(error, "code", None) == 401 else ""
         raise Unavailable(f"{url}: {error}{hint}") from error
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Makes SIGTERM a KeyboardInterrupt, as Ctrl-C is one, also where the shell has told us to ignore Ctrl-C.
-
-    Once: further SIGTERMs do not disturb the draining.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

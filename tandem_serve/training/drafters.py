@@ -58,6 +58,8 @@ def train_drafters(
     With `start_from`, a folder that holds a finished drafter of each name, their weights are where this run begins.
     """
     run = RunFolder(folder)
+    if leads():
+        run.lock()
     if leads() and not resume:
         run.clear()
     primary = load_decoder(primary_folder, device=trainer.device)

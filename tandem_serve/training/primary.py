@@ -77,6 +77,8 @@ def train_primary(
     """
     run = RunFolder(folder)
     with leader_first():
+        if leads():
+            run.lock()
         if leads() and not resume:
             run.clear()
         tokenizer = _tokenizer(run, training, shape)

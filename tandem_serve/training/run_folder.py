@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
-from tandem_serve.errors import CheckpointError
+from tandem_serve.errors import CheckpointError, ConfigError
 
+_LOCK = "lock"
 _STATE, _LOG, _PROVENANCE = "training_state.pt", "log.jsonl", "provenance.json"
 
 
@@ -26,6 +28,20 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+
+    def lock(self) -> None:
+        """Keeps other processes' runs out of this folder until this object, or the process, is gone.
+
+        Raises:
+            ConfigError: where another one is at work in it.
+        """
+        self._held = (self.path / _LOCK).open("w")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: another training is at work in this folder; end it or choose another --out"
+            ) from error
 
     @property
     def has_state(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import yaml
 
 from tandem_serve.bench.reproduce import Step, read_plan, run_plan
 from tandem_serve.errors import ConfigError
+from tandem_serve.training.run_folder import RunFolder
+from tests.serving_contract import eventually
 
 _PLAN = """
 variables: {tokens: 5k}
@@ -76,3 +80,21 @@ def test_every_command_of_the_papers_plan_exists() -> None:
             command = command.commands[arguments.pop(0)]
         command.make_context(step.name, list(arguments))  # raises where an option is unknown or of the wrong kind
         assert any(part and str(step.makes).startswith(part) for part in arguments), step.name
+
+
+def test_a_killed_plan_takes_its_step_along(tmp_path: Path) -> None:
+    """While the step trains nobody else may train in its folder; a lock that is free again says that it has ended."""
+    (tmp_path / "corpus.txt").write_text("def function(value):\n    return value\n" * 400)
+    train = f"train primary --data {tmp_path}/corpus.txt --out {tmp_path}/run --tokens 50M --vocab-size 300 --quiet"
+    train += " --layers 1 --hidden-size 32 --intermediate-size 64 --heads 2 --kv-heads 1 --sequence-length 32"
+    steps = [{"name": "train", "run": train, "makes": f"{tmp_path}/run/model/config.json"}]
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"steps": steps}))
+    command = [sys.executable, "-m", "tandem_serve.cli"]
+    plan = subprocess.Popen([*command, "reproduce", str(tmp_path / "plan.yaml"), "--out", str(tmp_path)])
+    log = tmp_path / "run" / "log.jsonl"
+    eventually(log.is_file, "the step trains", timeout_s=60)
+    second = subprocess.run([*command, *train.split()], capture_output=True, text=True, check=False)
+    assert (second.returncode, "another training is at work" in second.stderr) == (1, True), second.stderr
+    plan.terminate()
+    assert plan.wait(30) != 0
+    RunFolder(tmp_path / "run").lock()
