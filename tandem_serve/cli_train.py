@@ -185,6 +185,8 @@ def drafter(
 
     with reported():
         _set_threads(threads)
+        if (both or plain) and kinds != TANDEM:
+            raise ConfigError("--kinds says which drafters to train, and so do --both and --plain: give one of them")
         training, held_out = _split(data)
         sizes = {"num_layers": layers, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         config = DrafterConfig(

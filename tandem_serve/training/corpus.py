@@ -11,6 +11,7 @@ from pathlib import Path
 from tandem_serve.errors import ConfigError
 
 STDLIB = "stdlib"
+_FEW = 20  # documents: of fewer, one in twenty is a matter of luck
 # Packages beside the library (not part of it), tests (they would outweigh the rest two to one) and generated tables.
 _STDLIB_SKIPPED = frozenset({"site-packages", "test", "tests", "encodings", "pydoc_data", "__phello__"})
 _TEXT_SUFFIXES = frozenset({".py", ".txt", ".md", ".rst", ".json", ".jsonl", ".c", ".h", ".js", ".ts", ".go", ".rs"})
@@ -86,16 +87,24 @@ def split_held_out(
 ) -> tuple[list[Document], list[Document]]:
     """Splits into (training, held out): the named documents, or where `names` is None about `fraction` of them.
 
-    The choice by fraction hashes names, so it stays the same when documents come or go. A single document is cut
-    instead: its last part is held out.
+    The choice by fraction hashes names, so it stays the same when documents come or go. Documents that are too few to
+    choose from are cut instead: the last part of each is held out.
     """
     everything = list(documents)
-    if names is None and len(everything) == 1:
-        name, text = everything[0].name, everything[0].text
-        cut = int(len(text) * (1 - fraction))
-        return [Document(name, text[:cut])], [Document(name, text[cut:])] if text[cut:].strip() else []
-    wanted = set(names) if names is not None else {d.name for d in everything if _unit_hash(d.name) < fraction}
+    if names is None and is_cut(everything):
+        cuts = [(d.name, d.text, int(len(d.text) * (1 - fraction))) for d in everything]
+        training = [Document(name, text[:cut]) for name, text, cut in cuts]
+        return training, [Document(name, text[cut:]) for name, text, cut in cuts if text[cut:].strip()]
+    wanted = set(names or ())
+    if names is None:
+        first = min(everything, key=lambda d: _unit_hash(d.name))
+        wanted = {first.name} | {d.name for d in everything if _unit_hash(d.name) < fraction}
     return [d for d in everything if d.name not in wanted], [d for d in everything if d.name in wanted]
+
+
+def is_cut(documents: Sequence[Document]) -> bool:
+    """Whether the last part of each document is held out, instead of some documents."""
+    return len(documents) < _FEW
 
 
 def corpus_hash(documents: Iterable[Document]) -> str:

@@ -69,8 +69,7 @@ def train_drafters(
     sampled = None
     with leader_first():
         if config.sampled_tokens:
-            file = folder / "sampled.npy"
-            texts = sampled_once(file, primary_folder, corpus, config.sampled_tokens, batches.seed, trainer.device)
+            texts = sampled_once(folder, primary_folder, corpus, config.sampled_tokens, batches.seed, trainer.device)
             sampled = TokenWindows(texts, *cut)
     drafters = {
         name: _build(variant.kind, variant.layer_map, config, primary, fingerprint(primary_folder), batches.seed)
@@ -115,7 +114,7 @@ def _write_all(
         _write(primary, folder / PRIMARY, primary_folder, run)
         _rename_primary(drafters, fingerprint(folder / PRIMARY))
     for name, drafter in drafters.items():
-        _write(drafter, folder / name, primary_folder, run)
+        _write(drafter, folder / name, primary_folder, run, variant=config.names[name]._asdict())
 
 
 def _build(
@@ -152,10 +151,10 @@ def _rename_primary(drafters: Mapping[str, Trained], primary_fingerprint: str) -
             drafter.config = replace(drafter.config, primary_fingerprint=primary_fingerprint)
 
 
-def _write(model: Trained, folder: Path, primary_folder: Path, run: RunFolder) -> None:
+def _write(model: Trained, folder: Path, primary_folder: Path, run: RunFolder, **details: Any) -> None:
     with atomic_folder(folder) as fresh:
         if isinstance(model, Peer):
             save_peer(model, fresh)
         else:
             write_model(model.to(torch.bfloat16), fresh, tokenizer_from=primary_folder)
-        run.stamp(fresh)
+        run.stamp(fresh, **details)

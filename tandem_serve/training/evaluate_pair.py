@@ -84,6 +84,8 @@ def evaluate_pair(
     for name, folder in drafter_folders.items():
         announce(name)
         drafter = load_any(folder, primary, plan.device)
+        if isinstance(drafter, TandemDrafter) and drafter.config.primary_fingerprint != report["primary_fingerprint"]:
+            raise ConfigError(f"--drafter {name}: {folder} was trained for another primary than {primary_folder}")
         measured = _measure(primary, drafter, windows, own_texts, plan)
         report["drafters"][name] = {"type": _type(drafter), "training": _training(folder), **measured}
         if plan.couplings and not isinstance(drafter, PromptLookup):
@@ -119,7 +121,9 @@ def _type(drafter: Drafter | PromptLookup) -> str:
 
 
 def _training(folder: str) -> dict[str, Any]:
-    """What a drafter's provenance says of its training; empty where there is none."""
+    """What a drafter's provenance says of its training; empty where there is none. Its own layer map and block lengths
+    where others were trained beside it.
+    """
     file = Path(folder) / "provenance.json"
     if not file.is_file():
         return {}
@@ -127,7 +131,8 @@ def _training(folder: str) -> dict[str, Any]:
     batches = json.loads(record.get("batches", "{}"))
     tokens_per_step = batches.get("batch_size", 0) * batches.get("sequence_length", 0)
     tokens = record.get("num_steps", 0) * tokens_per_step
-    return {"num_steps": record.get("num_steps"), "num_tokens": tokens, **json.loads(record.get("drafters", "{}"))}
+    config = {**json.loads(record.get("drafters", "{}")), **record.get("variant", {})}
+    return {"num_steps": record.get("num_steps"), "num_tokens": tokens, **config}
 
 
 def _num_parameters(model: object) -> int:

@@ -13,7 +13,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tandem_serve.errors import ConfigError
-from tandem_serve.training.corpus import STDLIB_HELD_OUT, Document, read_documents, split_held_out, stdlib_folder
+from tandem_serve.training.corpus import (
+    STDLIB,
+    STDLIB_HELD_OUT,
+    Document,
+    is_cut,
+    read_documents,
+    split_held_out,
+    stdlib_folder,
+)
 
 HELD_OUT = "heldout"
 
@@ -67,7 +75,7 @@ def evaluation_documents(source: str, field: str, primary: Path) -> list[Documen
         raise ConfigError(f"{primary}: its provenance names no held-out documents; name a source of text instead")
     if source in (HELD_OUT, trained_on):
         documents = read_documents(trained_on)
-        names = None if len(documents) == 1 else provenance.get("held_out")  # a single document was cut in two
+        names = None if is_cut(documents) and trained_on != STDLIB else provenance.get("held_out")
         return split_held_out(documents, names)[1]
     if source.endswith(".jsonl"):
         return [Document(f"{Path(source).name}:{n}", text) for n, text in enumerate(read_jsonl(Path(source), field), 1)]

@@ -104,9 +104,10 @@ class RunFolder:
         record = {**provenance(), **details}
         (self.path / _PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    def stamp(self, model_folder: Path) -> None:
-        """Copies the provenance beside a model's weights: it goes where the model goes."""
-        shutil.copyfile(self.path / _PROVENANCE, model_folder / _PROVENANCE)
+    def stamp(self, model_folder: Path, **details: Any) -> None:
+        """Copies the provenance, and what is this model's alone, beside its weights: it goes where the model goes."""
+        record = {**self.read_provenance(), **details}
+        (model_folder / _PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def read_provenance(self) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.path / _PROVENANCE).read_text("utf-8"))

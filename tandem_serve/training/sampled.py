@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tandem_serve.models.checkpoint import load_decoder
+from tandem_serve.models.checkpoint import fingerprint, load_decoder
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.training.generate import continuations
 
@@ -17,9 +18,11 @@ _BATCH = 128
 
 
 def sampled_once(
-    file: Path, primary_folder: Path, corpus: npt.NDArray[np.int32], num_tokens: int, seed: int, device: str
+    folder: Path, primary_folder: Path, corpus: npt.NDArray[np.int32], num_tokens: int, seed: int, device: str
 ) -> npt.NDArray[np.int32]:
-    """`sample_texts`, kept in `file` for the next resumption."""
+    """`sample_texts`, kept in `folder` for the next resumption, under the name of all that they follow from."""
+    source = f"{fingerprint(primary_folder)} {num_tokens} {seed} {len(corpus)} ".encode() + corpus.tobytes()
+    file = folder / f"sampled-{hashlib.sha256(source).hexdigest()[:16]}.npy"
     if not file.is_file():
         primary = load_decoder(primary_folder, device=device).pack()
         fresh = file.with_name(f".{file.stem}.new.npy")

@@ -13,11 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 from tandem_serve import cli
+from tandem_serve.bench.report.documents import read_documents
+from tandem_serve.bench.report.tables import all_tables
+from tandem_serve.errors import ConfigError
 from tandem_serve.models.checkpoint import drafter_info, fingerprint, load_decoder, load_drafter, primary_info
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemDrafter
 from tandem_serve.training.demo import assemble_demo
-from tandem_serve.training.evaluate_pair import EvaluationPlan
+from tandem_serve.training.evaluate_pair import EvaluationPlan, evaluate_pair
 from tandem_serve.training.held_out import read_held_out
 from tandem_serve.training.primary import sequence_logits
 from tandem_serve.training.run_folder import RunFolder
@@ -180,6 +183,27 @@ def test_eval_reports_every_drafter(primary_run: Path, drafter_run: Path, tmp_pa
         assert set(figures["couplings"]) == {"0.2", "0.4", "0.6", "0.8", "1", "1.2"}
     plain = report["drafters"]["plain-drafter"]["text"]["by_position"]["agreement"]
     assert len(set(plain)) == 1  # blocks mean nothing to it
+
+
+def test_an_evaluation_knows_what_each_of_several_drafters_was_trained_with(
+    primary_run: Path, drafter_run: Path, tmp_path: Path
+) -> None:
+    drafters = {name: str(drafter_run / name) for name in ("drafter", "drafter-0+2", "drafter-blocks-2")}
+    sizes = {"num_windows": 1, "window_tokens": 64, "num_prompts": 2, "prompt_tokens": 20, "num_tokens": 20}
+    plan = EvaluationPlan(block_lengths=(1, 2), **sizes)
+    report = evaluate_pair(primary_run / "model", drafters, plan)
+    trained = {name: figures["training"] for name, figures in report["drafters"].items()}
+    assert {name: tuple(of_one["block_lengths"]) for name, of_one in trained.items()} == {
+        "drafter": (1, 8),
+        "drafter-0+2": (1, 8),
+        "drafter-blocks-2": (2, 2),
+    }
+    assert trained["drafter-0+2"]["layer_map"] == "0+2" != trained["drafter"]["layer_map"]
+    (tmp_path / "sweep.json").write_text(json.dumps(report))
+    (sweep,) = (t for t in all_tables(read_documents(tmp_path)) if "block length in training and inference" in t.title)
+    assert [row[:2] for row in sweep.rows] == [["drafter", "1-8"], ["drafter-0+2", "1-8"], ["drafter-blocks-2", "2"]]
+    with pytest.raises(ConfigError, match="another primary"):
+        evaluate_pair(drafter_run / "plain-drafter", drafters, plan)
 
 
 def test_a_pair_is_assembled_with_cards_and_figures(primary_run: Path, drafter_run: Path, tmp_path: Path) -> None:

@@ -58,9 +58,19 @@ def test_held_out_documents_are_not_trained_on() -> None:
     assert {d.name for d in fewer} <= {d.name for d in held_out}  # the choice does not move when documents go
 
 
-def test_a_single_document_gives_its_end() -> None:
-    training, held_out = split_held_out([Document("a", "x" * 90 + "y" * 10)], None, fraction=0.1)
-    assert (training[0].text, held_out[0].text) == ("x" * 90, "y" * 10)
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_documents_give_their_ends(count: int) -> None:
+    documents = [Document(str(i), f"{i}" * 90 + "y" * 10) for i in range(count)]
+    training, held_out = split_held_out(documents, None, fraction=0.1)
+    assert [d.text for d in training] == [f"{i}" * 90 for i in range(count)]
+    assert [d.text for d in held_out] == ["y" * 10] * count
+
+
+def test_something_is_held_out_of_any_documents() -> None:
+    for count in range(20, 40):
+        documents = [Document(f"{count}/{i}", "text") for i in range(count)]
+        training, held_out = split_held_out(documents, None)
+        assert held_out and len(training) + len(held_out) == count
 
 
 def test_corpus_hash_sees_text_names_and_order() -> None:
