@@ -86,11 +86,16 @@ def reproduce(
     variables: Annotated[list[str], typer.Option("--set", help="NAME=VALUE of the plan; repeatable.")] = [],  # noqa: B006
     only: Annotated[str, typer.Option(help="Names of steps, with commas; default: all.")] = "",
 ) -> None:
-    """Run the steps of a plan that are not done yet, then write the report. A killed run goes on where it stopped."""
+    """Run the steps of a plan that are not done yet, then write the report: also where a step fails. A killed run goes
+    on where it stopped.
+    """
     from tandem_serve.bench.reproduce import read_plan, run_plan
     from tandem_serve.cli_errors import interruptible, reported
 
     with reported(), interruptible():  # or a killed plan would leave its step running
         steps = read_plan(plan, out, variables, tuple(name for name in only.split(",") if name))
-        run_plan(steps, typer.echo)
-        report(out)
+        try:
+            run_plan(steps, out, typer.echo)
+        finally:
+            if any(out.rglob("*.json")):
+                report(out)

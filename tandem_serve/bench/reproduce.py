@@ -75,17 +75,23 @@ def read_plan(file: Path, out: Path, settings: Sequence[str], only: Sequence[str
         raise ConfigError(f"{file}: a step names {error}, which is no variable") from error
 
 
-def run_plan(steps: Sequence[Step], announce: Callable[[str], None]) -> None:
-    """Runs what is not done, in order.
+def run_plan(steps: Sequence[Step], out: Path, announce: Callable[[str], None]) -> None:
+    """Runs what is not done, in order, and keeps each step's command beneath `out`: one that was done by another
+    command, with other settings, is announced as such.
 
     Raises:
         ConfigError: where a command fails, or ends well without what it should make. Later steps are not run.
     """
     for number, step in enumerate(steps, 1):
+        command, record = shlex.join(step.arguments), out / "steps" / step.name
         if step.makes.exists():
-            announce(f"[{number}/{len(steps)}] {step.name}: done")
+            by_another = record.is_file() and record.read_text("utf-8") != command
+            remedy = f", by another command: remove {step.makes} to run it again" if by_another else ""
+            announce(f"[{number}/{len(steps)}] {step.name}: done{remedy}")
             continue
-        announce(f"[{number}/{len(steps)}] {step.name}: tandem-serve {shlex.join(step.arguments)}")
+        announce(f"[{number}/{len(steps)}] {step.name}: tandem-serve {command}")
         status = subprocess.run([sys.executable, "-m", "tandem_serve.cli", *step.arguments], check=False).returncode
         if status or not step.makes.exists():
             raise ConfigError(f"step {step.name}: exit status {status}, {step.makes} not made; mend it and run again")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(command, encoding="utf-8")

@@ -21,10 +21,11 @@ from tandem_serve.bench.summary import PromptRun, quantile, summarize
 from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig
 from tandem_serve.engine.drafter import DrafterEngine
 from tandem_serve.engine.local_link import local_link_factory
+from tandem_serve.errors import ConfigError
 from tandem_serve.models.checkpoint import drafter_info, load_decoder, load_drafter, load_tokenizer, primary_info
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.inflate import inflate
-from tandem_serve.training.evaluate import evaluate_on_text, evaluate_primary
+from tandem_serve.training.evaluate import evaluate_on_text
 from tandem_serve.training.evaluate_pair import EvaluationPlan, text_windows
 from tandem_serve.training.held_out import evaluation_documents
 from tandem_serve.training.primary import sequence_logits
@@ -65,6 +66,11 @@ def run_standalone(options: StandaloneOptions, announce: Callable[[int], Callabl
     primary, tokenizer = load_decoder(folder), load_tokenizer(folder)
     longest = primary_info(folder).max_model_len - options.max_tokens
     prompts = load_prompts(options.prompts, options.field, options.limit, tokenizer, folder, longest)
+    for name, path in options.models.items():
+        if primary_info(path).tokenizer_hash != primary_info(folder).tokenizer_hash:
+            raise ConfigError(
+                f"--model {name}: {path} has another tokenizer than the primary: their figures do not compare"
+            )
     quality = _quality_on_text(options, primary, folder)
     modes = _modes(options, inflate(primary, options.inflate) if options.inflate > 1 else primary)
     done = announce(len(modes) * len(prompts))
@@ -161,21 +167,35 @@ def _judged(
 
 
 def _quality_on_text(options: StandaloneOptions, primary: Decoder, folder: Path) -> dict[str, dict[str, float]]:
-    """Accuracy and the like on held-out text by mode; both variants write the same block behind the same text."""
+    """Accuracy and the like on held-out text by mode.
+
+    Both variants write the same block behind the same text. After it, `tandem` has ML write a token of its own.
+    """
     documents = evaluation_documents(options.data, options.field, folder)
     plan = EvaluationPlan(num_windows=options.num_windows)
     windows = text_windows(documents, primary, load_tokenizer(folder), plan)
-    found = {PRIMARY: {"accuracy": evaluate_primary(primary, windows)["accuracy"]}}
-    blocks = _on_text(primary, load_drafter(options.pair / "drafter"), windows, options.block_lengths)
-    for length, figures in blocks.items():
-        found |= {f"{variant}-{length}": figures for variant in VARIANTS}
+    lengths = options.block_lengths
+    measured = evaluate_on_text(primary, load_drafter(options.pair / "drafter"), windows, lengths)
+    found: dict[str, dict[str, float]] = {PRIMARY: measured["primary"]}
+    for length in lengths:
+        block = measured["block_lengths"][str(length)]
+        found[f"representations-{length}"] = block
+        found[f"tandem-{length}"] = _with_a_token_of_the_primary(block, measured["primary"], length)
     for name, path in options.models.items():
-        found[name] = _on_text(primary, load_decoder(path), windows, (1,))["1"]
+        found[name] = _alone(primary, load_decoder(path), windows, lengths)
     return found
 
 
-def _on_text(
-    primary: Decoder, model: Any, windows: Sequence[Tensor], block_lengths: Sequence[int]
-) -> dict[str, dict[str, float]]:
-    figures: dict[str, dict[str, float]] = evaluate_on_text(primary, model, windows, block_lengths)["block_lengths"]
+def _with_a_token_of_the_primary(block: Mapping[str, float], own: Mapping[str, float], length: int) -> dict[str, float]:
+    """The mean over a block of so many drafts and the token that ML writes itself."""
+    return {name: (length * block[name] + own[name]) / (length + 1) for name in own}
+
+
+def _alone(
+    primary: Decoder, model: Decoder, windows: Sequence[Tensor], block_lengths: Sequence[int]
+) -> dict[str, float]:
+    """A model without taps, at the positions where the block lengths were measured: it says the same at each place."""
+    figures: dict[str, float] = evaluate_on_text(primary, model, windows, block_lengths)["block_lengths"][
+        str(max(block_lengths))
+    ]
     return figures

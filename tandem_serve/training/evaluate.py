@@ -42,10 +42,11 @@ def evaluate_on_text(
     Percentages of positions where MS's argmax is the text's next token (accuracy) and ML's argmax (agreement); CE
     against the text in nats; mean total variation distance between the two softmaxes. Every position that lies at
     least max(block_lengths) - 1 behind a window's start is predicted as draft 0, 1, ... of a block; a block length's
-    figures are the means over its drafts. `by_position` lists them one by one.
+    figures are the means over its drafts. `by_position` lists them one by one; `primary` is ML at the same positions.
     """
     num_steps = max(block_lengths)
     sums = torch.zeros(num_steps, len(_MEASURES), dtype=torch.float64)
+    primary_sums = torch.zeros(len(_MEASURES), dtype=torch.float64)
     count = 0
     for batch in windows:
         token_ids, targets = batch[:, :-1], batch[:, num_steps:]
@@ -56,6 +57,7 @@ def evaluate_on_text(
             if seen is None or seen[0] is not logits:
                 seen = logits, _measures(logits[:, num_steps - 1 :].float(), ml, targets)
             sums[step] += seen[1]
+        primary_sums += _measures(ml, ml, targets)
         count += targets.numel()
     sums /= count
     columns = {name: sums[:, i] * (100 if name in _PERCENT else 1) for i, name in enumerate(_MEASURES)}
@@ -63,6 +65,10 @@ def evaluate_on_text(
         "num_tokens": count,
         "block_lengths": {
             str(g): {name: float(values[:g].mean()) for name, values in columns.items()} for g in block_lengths
+        },
+        "primary": {
+            name: float(value) * (100 if name in _PERCENT else 1) / count
+            for name, value in zip(_MEASURES, primary_sums, strict=True)
         },
         "by_position": {name: values.tolist() for name, values in columns.items()},
     }

@@ -131,9 +131,12 @@ def test_standalone_modes_range_from_ml_to_ms(pair: Path) -> None:
     for name in ("primary", "copy"):
         assert modes[name]["primary_agrees"] == 100
     assert modes["copy"]["agreement"] == 100 and modes["copy"]["total_variation"] < 1e-4
-    assert modes["copy"]["accuracy"] == pytest.approx(
-        modes["primary"]["accuracy"], abs=1
-    )  # not quite the same positions
+    assert modes["copy"]["accuracy"] == pytest.approx(modes["primary"]["accuracy"])
+    for length in (2, 3):  # one token in length + 1 is the primary's own
+        drafts, mixed = modes[f"representations-{length}"], modes[f"tandem-{length}"]
+        for name in ("accuracy", "agreement", "total_variation", "cross_entropy"):
+            whole = length * drafts[name] + modes["primary"][name]
+            assert mixed[name] == pytest.approx(whole / (length + 1)), name
     assert modes["primary"]["over_primary"] == 1
     for name in (*tandem, "small", "tandem-endless"):
         assert (

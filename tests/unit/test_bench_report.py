@@ -10,8 +10,9 @@ import pytest
 
 from tandem_serve.bench.report import paper
 from tandem_serve.bench.report.documents import read_documents
+from tandem_serve.bench.report.eval_tables import projected_speed
 from tandem_serve.bench.report.page import write_report
-from tandem_serve.bench.report.tables import all_tables, projected_speed
+from tandem_serve.bench.report.tables import all_tables
 from tandem_serve.errors import ConfigError
 
 
@@ -36,12 +37,26 @@ def _drafter(kind: str, accepted: float, trained: list[int]) -> dict[str, Any]:
     }
 
 
-def _evaluation(**drafters: dict[str, Any]) -> dict[str, Any]:
+_cell = {
+    "batch": 1,
+    "n": 4,
+    "policies": {
+        "fixed-1": {"tokens_per_s": 90.0, "over_best_fixed": 1.0},
+        "plain-drafter:fixed-2": {"tokens_per_s": 80.0, "over_best_fixed": 0.9},
+        "optimal": {"over_best_fixed": 1.0625},
+    },
+    "best_fixed": "fixed-1",
+    "best_fixed_plain": "plain-drafter:fixed-2",
+    "tandem/plain-drafter": 1.125,
+}
+
+
+def _evaluation(data: str = "heldout", **drafters: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": "eval",
         "primary": {"loss": 3.5, "accuracy": 31.0, "num_parameters": 5000},
         "drafters": drafters,
-        "plan": {"num_tokens": 128, "data": "heldout", "prompts": "", "block_lengths": [2, 5]},
+        "plan": {"num_tokens": 128, "data": data, "prompts": "", "block_lengths": [2, 5]},
         "provenance": {"command": "tandem-serve eval <x>", "git_commit": "0123456789abcdef"},
     }
 
@@ -66,9 +81,22 @@ def folder(tmp_path: Path) -> Path:
         plain=_drafter("plain", 2.0, [1, 8]),
     )
     lookup = {"type": "prompt-lookup", "training": {}, "num_parameters": 0, "drafting": tandem["drafting"]}
+    along = _drafter("tandem", 2.6, [1, 8])
+    along["training"]["train_primary"] = "both-losses"
+    frozen = _drafter("tandem", 2.4, [1, 8])
+    frozen["training"]["train_primary"] = "frozen"
+    engine = {"tokens_per_s": 90.0, "tokens_per_step": 3.5, "idle_share": 0.05}
     documents = {
         "python": first,
         "prose": _evaluation(tandem=tandem, lookup=lookup),
+        "domain-prose": _evaluation("prose.txt", tandem=tandem, lookup=lookup),
+        "mode-both": _evaluation(sketching=along),
+        "mode-frozen": _evaluation(sketching=frozen),
+        "engines": {
+            "modes": {"4": {"vllm": engine, "vllm-tandem": engine}},
+            "ratios": {"vllm-tandem/vllm": {"4": 1.5}},
+            "options": {"inflate": 8},
+        },
         "speed/once": _decode(1),
         "speed/eightfold": _decode(8),
         "router": {
@@ -78,7 +106,7 @@ def folder(tmp_path: Path) -> Path:
             "policies": {"fixed": {"block_length": 5}, "router": {"threshold": 0.3, "tokens_per_s": 90.0}},
         },
         "early-router": {"calibration": {}},
-        "policies": {"cells": [{"batch": 1, "n": 4, "policies": {"optimal": {"over_best_fixed": 1.0625}}}]},
+        "policies": {"cells": [_cell]},
         "alone": {
             "kind": "standalone",
             "options": {"inflate": 8},
@@ -102,9 +130,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_page_stands_alone_and_shows_every_document(folder: Path, tmp_path: Path) -> None:
-    assert write_report(folder, tmp_path / "out" / "report.html") == 9
+    assert write_report(folder, tmp_path / "out" / "report.html") == 13
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == 2 * 2 + 1 + 5
+    assert page.count("data:image/svg+xml;base64,") == 2 * 5 + 1 + 6
     for reference in ('src="http', "href=", "<script"):
         assert reference not in page
     assert "tandem-serve eval &lt;x&gt;" in page and "0123456789ab" in page
@@ -113,6 +141,9 @@ def test_the_page_stands_alone_and_shows_every_document(folder: Path, tmp_path: 
         "Table 2",
         "peers on the same primary",
         "By domain",
+        "Training configurations",
+        "Measured engines",
+        "policies: block policies",
         "calibration of each predictor",
         "Training losses",
     ):
@@ -128,11 +159,21 @@ def test_tables_stand_beside_the_papers(folder: Path) -> None:
     assert sweep.rows == [["tandem", "1-8", "2.50", "2.50"], ["paper", "2", "2.20", "2.20"]]
     assert "prose: accepted a block, by block length in training and inference" not in tables
     assert [row[0] for row in tables["prose: peers on the same primary and tokens"].rows] == ["tandem", "lookup"]
+    assert [row[:3] for row in tables["By domain"].rows] == [
+        [evaluation, text, drafter]
+        for evaluation, text in (("domain-prose", "prose.txt"), ("prose", "heldout"))
+        for drafter in ("tandem", "lookup")
+    ]
+    (configurations,) = (table for title, table in tables.items() if "Training configurations" in title)
+    assert [row[2] for row in configurations.rows] == ["both-losses", "frozen"]
+    (against,) = (table for title, table in tables.items() if "tandem over the plain drafter" in title)
+    assert against.rows == [["policies", "1", "1", "4", "", "fixed-1", "plain-drafter:fixed-2", "1.125"]]
+    assert tables["Measured engines"].rows[1][-1] == "1.50"
     router = tables["router: policies at their measured thresholds, replayed"]
     assert router.columns == ("policy", "block_length", "threshold", "tokens_per_s")
     assert router.rows == [["fixed", "5", "", ""], ["router", "", "0.3", "90"]]
     (policies,) = (table for title, table in tables.items() if "block policies" in title)
-    assert policies.rows == [["optimal #1", "1", "4", "1.062"]]
+    assert [row[-1] for row in policies.rows if row[0] == "optimal #3"] == ["1.062"]
     (alone,) = (table for title, table in tables.items() if "standalone, primary inflated 8x" in title)
     assert alone.rows == [["primary", "1", "40"], ["tandem-endless", "6.5", ""]]
     assert all(len(row) == len(table.columns) for table in tables.values() for row in table.rows)

@@ -58,11 +58,26 @@ def test_a_step_that_is_done_is_not_run_and_a_failing_one_ends_the_plan(tmp_path
     heard: list[str] = []
     done = Step("done", ("no-such-command",), tmp_path / "there")
     failing = Step("failing", ("no-such-command",), tmp_path / "missing")
-    run_plan([done], heard.append)
+    run_plan([done], tmp_path, heard.append)
     assert heard == ["[1/1] done: done"]
     with pytest.raises(ConfigError, match="step failing: exit status 2"):
-        run_plan([failing, done], heard.append)
+        run_plan([failing, done], tmp_path, heard.append)
     assert len(heard) == 2
+
+
+def test_a_step_that_was_done_with_other_settings_says_so(tmp_path: Path) -> None:
+    """`schema` makes a file that a changed command would not make again."""
+    made, heard = tmp_path / "made.json", []
+    step = Step("schema", ("schema", "--help"), made)
+    with pytest.raises(ConfigError, match="not made"):
+        run_plan([step], tmp_path, heard.append)
+    made.touch()
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "schema").write_text("schema --help")
+    run_plan([step], tmp_path, heard.append)
+    assert heard[-1].endswith("schema: done")
+    run_plan([Step("schema", ("schema",), made)], tmp_path, heard.append)
+    assert "by another command: remove" in heard[-1]
 
 
 def test_every_command_of_the_papers_plan_exists() -> None:

@@ -4,6 +4,7 @@
 |---|---|---|
 | eval | `eval --json` | `kind` = eval |
 | decode | `bench decode --json` | `modes`, `ratios` and `options` |
+| engines | `bench engines --json` | likewise, with modes by concurrency |
 | standalone | `bench standalone --json` | `kind` = standalone |
 | policies | `bench policies --json` | `cells` |
 | router | `train router` | `calibration` |
@@ -30,6 +31,7 @@ class Documents:
 
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)
     decodes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     routers: dict[str, dict[str, Any]] = field(default_factory=dict)
     standalones: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -62,7 +64,8 @@ def read_documents(folder: Path) -> Documents:
         elif isinstance(document.get("cells"), list):
             found.policies[name] = document
         elif {"modes", "ratios", "options"} <= document.keys():
-            found.decodes[name] = document
+            of_one_load = any("tokens_per_s" in mode for mode in document["modes"].values())
+            (found.decodes if of_one_load else found.engines)[name] = document
     for file in sorted(folder.rglob("log.jsonl")):
         records = [r for r in _read_lines(file) if {"step", "tokens", "losses"} <= r.keys()]
         if records:

@@ -38,6 +38,7 @@ def _sources(documents: Documents) -> list[tuple[str, str, str]]:
     everything: dict[str, dict[str, Any]] = {
         **documents.evals,
         **documents.decodes,
+        **documents.engines,
         **documents.policies,
         **documents.standalones,
         **documents.routers,

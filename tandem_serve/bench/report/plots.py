@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 from tandem_serve.bench.report import paper
+from tandem_serve.bench.report.bench_tables import LOAD, load_of
 from tandem_serve.bench.report.documents import Documents
-from tandem_serve.bench.report.tables import middle, projected_speed, trained_lengths
+from tandem_serve.bench.report.eval_tables import by_domain, nearest, projected_speed, trained_lengths
 from tandem_serve.errors import ConfigError
 
 
@@ -43,8 +44,10 @@ def _drawings(documents: Documents) -> Iterator[tuple[str, int, Draw]]:
             if "couplings" in drafter:
                 title = f"{name}: {drafter_name}, how drafts are coupled"
                 yield title, 2, partial(_couplings, couplings=drafter["couplings"])
-    if len(documents.evals) > 1:
-        yield "Accepted drafts a block, by domain", 1, partial(_domains, evals=documents.evals)
+    if domains := by_domain(documents.evals):
+        yield "Accepted drafts a block, by domain", 1, partial(_domains, evals=domains)
+    for name, document in documents.policies.items():
+        yield f"{name}: block policies", 2, partial(_policies, document=document)
     inflated = {d["options"].get("inflate", 1) for d in documents.decodes.values()}
     if len(inflated) > 1:
         yield "Measured speed-up by the primary's inflation", 1, partial(_inflation, decodes=documents.decodes)
@@ -100,17 +103,49 @@ def _couplings(axes: Any, couplings: dict[str, Any]) -> None:
 
 
 def _domains(axes: Any, evals: dict[str, dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for document in evals.values() for name in document["drafters"]))
-    width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        heights = []
-        for document in evals.values():
-            drafter = document["drafters"].get(name)
-            drafting = next(iter(drafter["drafting"].values())) if drafter else None
-            heights.append(middle(drafting["block_lengths"])[1]["accepted_per_block"] if drafting else 0)
-        axes[0].bar([i + place * width for i in range(len(evals))], heights, width, label=name)
-    axes[0].set_xticks([i + 0.4 for i in range(len(evals))], list(evals), rotation=20)
-    _label(axes[0], "", "accepted drafts a block")
+    """Bars by drafter and temperature, beside each other for each text."""
+    bars: dict[str, dict[int, float]] = {}
+    for place, document in enumerate(evals.values()):
+        for name, drafter in document["drafters"].items():
+            for temperature, drafting in drafter["drafting"].items():
+                _, figures = nearest(drafting["block_lengths"], 5)
+                bars.setdefault(f"{name}, T {temperature}", {})[place] = figures["accepted_per_block"]
+    _bars(axes[0], bars, list(evals))
+    _label(axes[0], "", "accepted drafts a block of 5")
+
+
+def _policies(axes: Any, document: dict[str, Any]) -> None:
+    """Adaptive policies over the best fixed length, a group of bars a load; and tokens/s over the fixed length."""
+    ratios: dict[str, dict[int, float]] = {}
+    loads = []
+    for place, cell in enumerate(document["cells"]):
+        load = dict(zip(LOAD, load_of(document, cell), strict=True))
+        loads.append(f"batch {load['batch']}, n {load['n']}, T {load['temperature']}")
+        fixed: dict[str, list[tuple[int, float]]] = {}
+        for name, figures in cell.get("policies", {}).items():
+            kind, _, length = name.rpartition("-")
+            if kind.endswith("fixed"):
+                fixed.setdefault(kind.removesuffix("fixed").rstrip(":") or "tandem", []).append(
+                    (int(length), figures["tokens_per_s"])
+                )
+            else:
+                ratios.setdefault(name, {})[place] = figures["over_best_fixed"]
+        for drafter, points in fixed.items():
+            axes[1].plot(*zip(*sorted(points), strict=True), marker="o", label=f"{drafter}, {loads[-1]}")
+    _bars(axes[0], ratios, loads)
+    for value in paper.ADAPTIVE["over fixed"]:
+        axes[0].axhline(value, color="grey", linestyle=":", linewidth=1)
+    axes[0].axhline(1, color="black", linewidth=1)
+    _label(axes[0], "", "over the best fixed length (dotted: the paper)")
+    _label(axes[1], "fixed block length", "tokens/s")
+
+
+def _bars(ax: Any, heights: dict[str, dict[int, float]], places: list[str]) -> None:
+    """A bar for each name at each place where it has one."""
+    width = 0.8 / max(1, len(heights))
+    for number, (name, of_name) in enumerate(heights.items()):
+        ax.bar([place + number * width for place in of_name], list(of_name.values()), width, label=name)
+    ax.set_xticks([i + 0.4 for i in range(len(places))], places, rotation=20)
 
 
 def _inflation(axes: Any, decodes: dict[str, dict[str, Any]]) -> None:
@@ -126,11 +161,20 @@ def _inflation(axes: Any, decodes: dict[str, dict[str, Any]]) -> None:
 
 
 def _standalone(axes: Any, document: dict[str, Any]) -> None:
-    """One point a mode, named; what was measured on held-out text against measured speed."""
+    """What was measured on held-out text against measured speed: a line a variant over its block lengths, and a point
+    for each model that writes alone.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
     for name, figures in document["modes"].items():
         if "accuracy" in figures:
-            axes[0].scatter([figures["over_primary"]], [figures["accuracy"]])
-            axes[0].annotate(name, (figures["over_primary"], figures["accuracy"]), fontsize=7)
+            kind, _, length = name.rpartition("-")
+            point = figures["over_primary"], figures["accuracy"]
+            points.setdefault(kind if length.isdecimal() else name, []).append(point)
+            axes[0].annotate(length if length.isdecimal() else name, point, fontsize=7)
+    for name, of_one in points.items():
+        axes[0].plot(
+            *zip(*of_one, strict=True), marker="o", label=f"{name}, by block length" if len(of_one) > 1 else name
+        )
     _label(axes[0], "speed, over ML alone", "accuracy on held-out text, %")
 
 
