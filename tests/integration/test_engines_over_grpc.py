@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig
+from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.engine.torch_primary import TorchPrimary
 from tandem_serve.rpc.drafting_client import GrpcLinkFactory, LinkOptions
 from tandem_serve.rpc.drafting_server import DraftingServer
-from tandem_serve.types import GenerationRequest, GenerationStep, SamplingParams
+from tandem_serve.types import DecodingMode, GenerationRequest, GenerationStep, SamplingParams
 from tests.engines import Output, a_request, generate, make_drafter_engine, make_engine
 
 LINKS = GrpcLinkFactory(LinkOptions(min_backoff_s=0.01, max_backoff_s=0.05))
@@ -85,6 +87,18 @@ def test_tokens_are_those_of_plain_decoding(
     num_accepted = sum(output.num_accepted_tokens for output in outputs.values())
     assert num_drafted > 100
     assert num_accepted > (0.3 * num_drafted if kind != "last" else 0)
+
+
+@pytest.mark.parametrize("mode", [DecodingMode.TANDEM, DecodingMode.TANDEM_REPRESENTATIONS])
+def test_unverified_text_is_that_of_a_drafter_in_process(mode: DecodingMode) -> None:
+    requests = [replace(request, mode=mode, block_length=3) for request in REQUESTS]
+    here = make_engine(PATIENT, link_factory=local_link_factory({"d": make_drafter_engine("tandem")}, synchronous=True))
+    here.set_drafters(["d"])
+    expected = {name: output.token_ids for name, output in generate(here, requests).items()}
+    exact = DrafterEngineConfig(representation_dtype="f32")
+    with served_drafter("tandem", exact) as server, primary_at(server.address) as engine:
+        outputs = generate(engine, requests)
+    assert {name: output.token_ids for name, output in outputs.items()} == expected != plain_tokens(REQUESTS)
 
 
 def test_a_drafter_that_dies_and_comes_back_changes_no_token() -> None:

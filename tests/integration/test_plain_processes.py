@@ -163,6 +163,15 @@ class TestPlainProcesses(ServingContract):
         pools.start_drafter()
         eventually(lambda: "metrics" in cluster.complete(max_tokens=16), "acceptance comes back", START_TIMEOUT_S)
 
+    def test_unverified_tandem_over_http(self, cluster: Cluster) -> None:
+        """From the API to the drafter and back. At no drafts a block it is the primary's own text."""
+        plain = cluster.text(block_length=0)
+        assert cluster.text(speculation={"mode": "tandem", "block_length": 0}) == plain
+        modes = ("tandem", "tandem-representations") * 2
+        texts = [cluster.text(speculation={"mode": mode, "block_length": 8}) for mode in modes]
+        assert texts[:2] == texts[2:]
+        assert plain not in texts
+
     def test_they_listen_where_they_were_told_to_and_on_loopback_alone(self, pools: Pools) -> None:
         expected = {role: {("127.0.0.1", port) for port in ports} for role, ports in pools.ports.items()}
         assert pools.listeners() == expected
