@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tandem_serve.decoding.stopping_rules import ENTROPY_SCALE
 from tandem_serve.engine.draft_loop import DraftJob, draft_blocks
+from tandem_serve.engine.draft_scores import AcceptanceScorer
 from tandem_serve.engine.forward import Rows, forward
 from tandem_serve.engine.kv_cache import KvBuffer
 from tandem_serve.errors import ConfigError
@@ -31,13 +32,14 @@ from tandem_serve.models.checkpoint import (
 )
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemDrafter
-from tandem_serve.training.calibration import RoundCosts, best_fixed, best_threshold, calibration
+from tandem_serve.training.calibration import RoundCosts, best_fixed, best_threshold, block_lengths, calibration, replay
 from tandem_serve.training.corpus import Document
 from tandem_serve.training.held_out import heldout_prompts
 from tandem_serve.training.router_examples import RouterExamples, collect_examples, write_texts
 from tandem_serve.training.run_folder import provenance
-from tandem_serve.types import PolicyName, PrimaryInfo, SamplingParams, mismatches
+from tandem_serve.types import PolicyName, PrimaryInfo, SamplingParams, StoppingRule, mismatches
 
+_ADAPTIVE = (PolicyName.ENTROPY, PolicyName.ROUTER, PolicyName.OPTIMAL)
 Target = Literal["accept", "tv"]
 REPORT_FILE = "router-report.json"
 HELD_OUT_EVERY = 3  # every third text is measured on, not trained on; odd: texts are greedy and sampled in turn
@@ -74,10 +76,10 @@ def fit_router(primary_folder: Path, drafter_folder: Path, documents: Sequence[D
     examples = _collect(primary, info, drafter, primary_folder, documents, config)
     is_measured = torch.arange(len(examples.is_right)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     ms = drafter.decoder if isinstance(drafter, TandemDrafter) else drafter
-    model = train_acceptance(examples.texts(~is_measured), ms.embedding.detach(), config)
-    costs = measure_costs(primary, ms)
-    report = measure_acceptance(model, examples.texts(is_measured), ms.embedding, costs)
-    for policy in (PolicyName.ENTROPY, PolicyName.ROUTER, PolicyName.OPTIMAL):
+    trained_on, measured_on = examples.texts(~is_measured), examples.texts(is_measured)
+    model = train_acceptance(trained_on, ms.embedding.detach(), config)
+    report = measure_acceptance(model, trained_on, measured_on, ms.embedding, measure_costs(primary, ms, model))
+    for policy in _ADAPTIVE:
         model.thresholds[policy] = report["policies"][policy.value]["threshold"]
     file = save_acceptance(model, drafter_folder, fingerprint(drafter_folder))
     document = {**report, "config": vars(config), "provenance": provenance()}
@@ -131,20 +133,26 @@ def _reached(examples: RouterExamples) -> Tensor:
 
 @torch.inference_mode()
 def measure_acceptance(
-    model: AcceptanceModel, examples: RouterExamples, embedding: Tensor, costs: RoundCosts
+    model: AcceptanceModel,
+    chosen_on: RouterExamples,
+    measured_on: RouterExamples,
+    embedding: Tensor,
+    costs: Mapping[PolicyName, RoundCosts],
 ) -> dict[str, Any]:
-    """Calibration of each predictor, and what each policy at its best threshold is worth at these costs."""
-    scores = {
-        PolicyName.ENTROPY: (1 - (ENTROPY_SCALE * examples.features.entropy).sqrt()).clamp(0, 1),
-        PolicyName.ROUTER: model.mlp(examples.features, embedding).sigmoid(),
-        PolicyName.OPTIMAL: model.quick(examples.features.draft_logprob, examples.features.is_sampled).sigmoid(),
-    }
-    reached, is_right = _reached(examples), examples.is_right
-    length, fixed = best_fixed(is_right, costs)
+    """Calibration of each predictor, and what each policy is worth at its own costs: at the threshold that is best on
+    some texts, replayed on others.
+    """
+    before, scores = _scores(model, chosen_on, embedding), _scores(model, measured_on, embedding)
+    reached, is_right = _reached(measured_on), measured_on.is_right
+    outcomes = is_right.tolist()
+    length, _ = best_fixed(chosen_on.is_right, costs[PolicyName.FIXED])
+    lengths = torch.full(is_right.shape[:2], length).tolist()
+    fixed = replay(outcomes, lengths, costs[PolicyName.FIXED])
     policies: dict[str, Any] = {"fixed": {"block_length": length, "tokens_per_s": fixed.tokens_per_s}}
     for policy, score in scores.items():
         compounds = policy is PolicyName.OPTIMAL
-        threshold, replayed = best_threshold(is_right, score, costs, compounds=compounds)
+        threshold, _ = best_threshold(chosen_on.is_right, before[policy], costs[policy], compounds=compounds)
+        replayed = replay(outcomes, block_lengths(score, threshold, compounds=compounds), costs[policy])
         policies[policy.value] = {
             "threshold": threshold,
             "tokens_per_s": replayed.tokens_per_s,
@@ -156,14 +164,36 @@ def measure_acceptance(
         "num_drafts": int(reached.sum()),
         "share_right": float(is_right[reached].float().mean()),
         "calibration": {p.value: calibration(score[reached], is_right[reached]) for p, score in scores.items()},
-        "costs_ms": {name: 1e3 * seconds for name, seconds in vars(costs).items()},
+        "costs_ms": {policy.value: {n: 1e3 * s for n, s in vars(of_one).items()} for policy, of_one in costs.items()},
         "policies": policies,
     }
 
 
+def _scores(model: AcceptanceModel, examples: RouterExamples, embedding: Tensor) -> dict[PolicyName, Tensor]:
+    """What each policy judges drafts [S, O, G] by."""
+    features = examples.features
+    return {
+        PolicyName.ENTROPY: (1 - (ENTROPY_SCALE * features.entropy).sqrt()).clamp(0, 1),
+        PolicyName.ROUTER: model.mlp(features, embedding).sigmoid(),
+        PolicyName.OPTIMAL: model.quick(features.draft_logprob, features.is_sampled).sigmoid(),
+    }
+
+
 @torch.inference_mode()
-def measure_costs(primary: Decoder, ms: Decoder, context: int = 192, repetitions: int = 15) -> RoundCosts:
-    """Times rounds of this pair on this machine: MS drafts, then ML verifies, as decoding at batch 1 does."""
+def measure_costs(
+    primary: Decoder, ms: Decoder, model: AcceptanceModel, context: int = 192, repetitions: int = 15
+) -> dict[PolicyName, RoundCosts]:
+    """Times rounds of this pair on this machine, by who ends a block, judging included: MS drafts, then ML verifies, as
+    decoding at batch 1 does.
+    """
+    scorer = AcceptanceScorer(model, ms)
+    rules = {PolicyName.FIXED: None, **{policy: StoppingRule(policy, 0.0) for policy in _ADAPTIVE}}  # never stops
+    return {policy: _round_costs(primary, ms, scorer, rule, context, repetitions) for policy, rule in rules.items()}
+
+
+def _round_costs(
+    primary: Decoder, ms: Decoder, scorer: AcceptanceScorer, rule: StoppingRule | None, context: int, repetitions: int
+) -> RoundCosts:
     kv = KvBuffer(primary.config, context + 32, primary.dtype, primary.device)
     small = KvBuffer(ms.config, context + 32, ms.dtype, ms.device)
     for buffer in (kv, small):
@@ -172,7 +202,7 @@ def measure_costs(primary: Decoder, ms: Decoder, context: int = 192, repetitions
     for _ in range(repetitions):
         for length, (drafting, verifying) in times.items():
             start = time.perf_counter()
-            draft_blocks(ms, [DraftJob(small, context, [1], length, SamplingParams(temperature=0.0))])
+            draft_blocks(ms, [DraftJob(small, context, [1], length, SamplingParams(temperature=0.0), rule)], scorer)
             middle = time.perf_counter()
             forward(primary, [Rows(kv, context, [1] * (length + 1), length + 1)]).logits.argmax(-1)
             drafting.append(middle - start)

@@ -72,7 +72,8 @@ def test_the_report_says_what_each_predictor_is_worth(pair: Path, report: dict[s
     for name, figures in report["calibration"].items():
         assert 0 < figures["brier"] < (1 if name == "entropy" else 0.3)  # entropy is a bound, no estimate
         assert sum(b["count"] for b in figures["bins"]) == report["num_drafts"]
-    assert all(milliseconds >= 0 for milliseconds in report["costs_ms"].values())
+    assert set(report["costs_ms"]) == {"fixed", "entropy", "router", "optimal"}
+    assert all(milliseconds >= 0 for costs in report["costs_ms"].values() for milliseconds in costs.values())
     model = drafter_acceptance(pair / "drafter")
     assert model is not None
     for policy in (PolicyName.ENTROPY, PolicyName.ROUTER, PolicyName.OPTIMAL):

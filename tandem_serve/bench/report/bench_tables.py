@@ -97,8 +97,8 @@ def router_tables(name: str, document: dict[str, Any]) -> list[Table]:
 
 
 _REPLAYED = (
-    "An upper bound: replayed with the costs of rounds alone, on the drafts that thresholds were chosen by. "
-    "What judging a draft takes is in the measured policies."
+    "Replayed at each policy's own costs of a round, one sequence at a time, on texts that nothing was chosen by. "
+    "What decoding itself gives is in the measured policies."
 )
 
 
