@@ -236,7 +236,10 @@ def drafter(
 @app.command()
 def router(
     primary: Annotated[Path, typer.Option(help="Folder of the primary.")],
-    drafter: Annotated[Path, typer.Option(help="Folder of its drafter, where router.safetensors goes.")],
+    drafter: Annotated[Path, typer.Option(help="Folder of its drafter.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where router.safetensors goes. Default: the drafter's folder, to be used.")
+    ] = None,
     data: Data = "stdlib",
     limit: Annotated[int, typer.Option(min=4, help="Texts that the primary writes.")] = 64,
     target: Annotated[str, typer.Option(help="accept: was the draft right? tv: the paper's soft label.")] = "accept",
@@ -258,8 +261,8 @@ def router(
             temperature=temperature,
             block_length=block_length,
         )
-        file = fit_router(primary, drafter, _split(data)[0], config)
-        report = json.loads((drafter / REPORT_FILE).read_text("utf-8"))
+        file = fit_router(primary, drafter, _split(data)[0], config, out)
+        report = json.loads((file.parent / REPORT_FILE).read_text("utf-8"))
         write_json(json_file, report)
         typer.echo(json.dumps(report["policies"], indent=2))
         typer.echo(f"router written to {file}")

@@ -63,8 +63,15 @@ class RouterConfig:
     seed: int = 0
 
 
-def fit_router(primary_folder: Path, drafter_folder: Path, documents: Sequence[Document], config: RouterConfig) -> Path:
-    """Runs the pair on documents, trains on what it drafted, and writes router.safetensors and its report.
+def fit_router(
+    primary_folder: Path,
+    drafter_folder: Path,
+    documents: Sequence[Document],
+    config: RouterConfig,
+    out: Path | None = None,
+) -> Path:
+    """Runs the pair on documents, trains on what it drafted, and writes router.safetensors and its report to `out`, by
+    default beside the drafter, which then uses it.
 
     Raises:
         CheckpointError, ConfigError: models that cannot be loaded or do not fit, or too little text.
@@ -81,9 +88,11 @@ def fit_router(primary_folder: Path, drafter_folder: Path, documents: Sequence[D
     report = measure_acceptance(model, trained_on, measured_on, ms.embedding, measure_costs(primary, ms, model))
     for policy in _ADAPTIVE:
         model.thresholds[policy] = report["policies"][policy.value]["threshold"]
-    file = save_acceptance(model, drafter_folder, fingerprint(drafter_folder))
+    folder = out or drafter_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    file = save_acceptance(model, folder, fingerprint(drafter_folder))
     document = {**report, "config": vars(config), "provenance": provenance()}
-    (drafter_folder / REPORT_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (folder / REPORT_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return file
 
 

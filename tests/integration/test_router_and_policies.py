@@ -83,11 +83,11 @@ def test_the_report_says_what_each_predictor_is_worth(pair: Path, report: dict[s
 
 def test_soft_labels(pair: Path, report: dict[str, Any]) -> None:
     options = ["--primary", str(pair / "primary"), "--drafter", str(pair / "drafter"), "--data", str(pair / "corpus")]
-    result = CliRunner().invoke(
-        cli_train.app, ["router", *options, "--limit", "4", "--block-length", "2", "--target", "tv"]
-    )
+    soft = ["--limit", "4", "--block-length", "2", "--target", "tv", "--out", str(pair / "soft")]
+    result = CliRunner().invoke(cli_train.app, ["router", *options, *soft])
     assert result.exit_code == 0, result.output
-    assert json.loads((pair / "drafter" / REPORT_FILE).read_text())["config"]["target"] == "tv"
+    assert (pair / "soft" / ROUTER_FILE).is_file()
+    assert json.loads((pair / "soft" / REPORT_FILE).read_text())["config"]["target"] == "tv"
     result = CliRunner().invoke(cli_train.app, ["router", *options, "--target", "luck"])
     assert result.exit_code != 0 and "expected accept or tv" in result.output
 
