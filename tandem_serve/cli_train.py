@@ -43,6 +43,9 @@ def primary(
     out: Out,
     data: Data = "stdlib",
     tokens: Tokens = "5M",
+    tokenizer_from: Annotated[
+        Path | None, typer.Option(help="Take that model's tokenizer, so that figures of both compare.")
+    ] = None,
     vocab_size: int = 4096,
     layers: int = 16,
     hidden_size: int = 256,
@@ -97,7 +100,7 @@ def primary(
             checkpoint_interval_s=checkpoint_interval_s,
             quiet=quiet,
         )
-        details = {"data": data, "held_out": [d.name for d in held_out], "held_out_hash": corpus_hash(held_out)}
+        details = {**_origin_of_text(data, training, held_out), "held_out_hash": corpus_hash(held_out)}
         work = partial(
             train_primary,
             out.resolve(),
@@ -107,6 +110,7 @@ def primary(
             config,
             resume=resume,
             compiled=compile,
+            tokenizer_from=tokenizer_from.resolve() if tokenizer_from else None,
             details=details | _origin(num_workers),
         )
         _run(work, num_workers, device, out)
@@ -225,7 +229,7 @@ def drafter(
             compiled=compile,
             shard_primary=shard_primary,
             start_from=start_from.resolve() if start_from else None,
-            details={"data": data, "held_out": [d.name for d in held_out], **_origin(num_workers)},
+            details={**_origin_of_text(data, training, held_out), **_origin(num_workers)},
         )
         _run(work, num_workers, device, out)
         if train_primary != FROZEN:
@@ -316,6 +320,12 @@ def _split(data: str) -> tuple[list[Document], list[Document]]:
     from tandem_serve.training.corpus import STDLIB, STDLIB_HELD_OUT, read_documents, split_held_out
 
     return split_held_out(read_documents(data), STDLIB_HELD_OUT if data == STDLIB else None)
+
+
+def _origin_of_text(data: str, training: list[Document], held_out: list[Document]) -> dict[str, Any]:
+    """For the provenance: what was held out, whole documents or (`cut`) the ends of those that were trained on."""
+    names = [d.name for d in held_out]
+    return {"data": data, "held_out": names, "cut": bool({*names} & {d.name for d in training})}
 
 
 def _set_threads(threads: int) -> None:

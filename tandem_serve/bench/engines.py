@@ -46,6 +46,7 @@ COMPARED = (
     ("vllm-tandem", "vllm-tandem-synchronous"),
     ("vllm-tandem", "vllm-tandem-rejection"),
     ("vllm-tandem-colocated", "vllm"),
+    ("vllm-tandem-colocated", "vllm-tandem"),
     ("vllm-tandem-colocated", "vllm-ngram"),
     ("vllm-tandem-colocated", "vllm-draft-model"),
     *((mode, "vllm") for mode in FAULTY),

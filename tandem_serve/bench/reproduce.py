@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tandem_serve.errors import ConfigError
 
+STOP_TIMEOUT_S = 20.0
+
 
 class _Step(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -21,6 +24,7 @@ class _Step(BaseModel):
     name: str
     run: str  # a tandem-serve command as a shell would read it, without the program's name
     makes: str  # a file; where it exists the step is done
+    needs: str = ""  # a variable: as long as it is empty, the step is passed over
 
 
 class _Plan(BaseModel):
@@ -37,6 +41,7 @@ class Step:
     name: str
     arguments: tuple[str, ...]
     makes: Path
+    lacks: str = ""  # the variable that has to be set before it can run
 
 
 def read_plan(file: Path, out: Path, settings: Sequence[str], only: Sequence[str] = ()) -> list[Step]:
@@ -67,6 +72,7 @@ def read_plan(file: Path, out: Path, settings: Sequence[str], only: Sequence[str
                 step.name,
                 tuple(shlex.split(step.run.format(out=shlex.quote(str(out)), **values))),
                 Path(step.makes.format(out=out, **values)),
+                step.needs if step.needs and not values[step.needs] else "",
             )
             for step in plan.steps
             if not only or step.name in only
@@ -84,14 +90,32 @@ def run_plan(steps: Sequence[Step], out: Path, announce: Callable[[str], None]) 
     """
     for number, step in enumerate(steps, 1):
         command, record = shlex.join(step.arguments), out / "steps" / step.name
+        if step.lacks:
+            announce(f"[{number}/{len(steps)}] {step.name}: passed over without --set {step.lacks}=...")
+            continue
         if step.makes.exists():
             by_another = record.is_file() and record.read_text("utf-8") != command
             remedy = f", by another command: remove {step.makes} to run it again" if by_another else ""
             announce(f"[{number}/{len(steps)}] {step.name}: done{remedy}")
             continue
         announce(f"[{number}/{len(steps)}] {step.name}: tandem-serve {command}")
-        status = subprocess.run([sys.executable, "-m", "tandem_serve.cli", *step.arguments], check=False).returncode
+        status = _run([sys.executable, "-m", "tandem_serve.cli", *step.arguments])
         if status or not step.makes.exists():
             raise ConfigError(f"step {step.name}: exit status {status}, {step.makes} not made; mend it and run again")
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(command, encoding="utf-8")
+
+
+def _run(command: Sequence[str]) -> int:
+    """Its exit status. Whoever stops us stops the command, which has time to end what it has started."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise

@@ -67,6 +67,9 @@ class Replayed:
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.seconds
 
+    def __add__(self, other: Replayed) -> Replayed:
+        return Replayed(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
 
 def replay(
     is_right: Sequence[Sequence[Sequence[bool]]],  # [S][O][G]

@@ -11,7 +11,7 @@ from pathlib import Path
 from tandem_serve.errors import ConfigError
 
 STDLIB = "stdlib"
-_FEW = 20  # documents: of fewer, one in twenty is a matter of luck
+_FEW = 20
 # Packages beside the library (not part of it), tests (they would outweigh the rest two to one) and generated tables.
 _STDLIB_SKIPPED = frozenset({"site-packages", "test", "tests", "encodings", "pydoc_data", "__phello__"})
 _TEXT_SUFFIXES = frozenset({".py", ".txt", ".md", ".rst", ".json", ".jsonl", ".c", ".h", ".js", ".ts", ".go", ".rs"})
@@ -88,13 +88,11 @@ def split_held_out(
     """Splits into (training, held out): the named documents, or where `names` is None about `fraction` of them.
 
     The choice by fraction hashes names, so it stays the same when documents come or go. Documents that are too few to
-    choose from are cut instead: the last part of each is held out.
+    choose from (`are_few`) are cut instead.
     """
     everything = list(documents)
-    if names is None and is_cut(everything):
-        cuts = [(d.name, d.text, int(len(d.text) * (1 - fraction))) for d in everything]
-        training = [Document(name, text[:cut]) for name, text, cut in cuts]
-        return training, [Document(name, text[cut:]) for name, text, cut in cuts if text[cut:].strip()]
+    if names is None and are_few(everything):
+        return cut_ends(everything, fraction)
     wanted = set(names or ())
     if names is None:
         first = min(everything, key=lambda d: _unit_hash(d.name))
@@ -102,8 +100,15 @@ def split_held_out(
     return [d for d in everything if d.name not in wanted], [d for d in everything if d.name in wanted]
 
 
-def is_cut(documents: Sequence[Document]) -> bool:
-    """Whether the last part of each document is held out, instead of some documents."""
+def cut_ends(documents: Iterable[Document], fraction: float = 0.05) -> tuple[list[Document], list[Document]]:
+    """(training, held out): of every document its end is held out."""
+    cuts = [(d.name, d.text, int(len(d.text) * (1 - fraction))) for d in documents]
+    training = [Document(name, text[:cut]) for name, text, cut in cuts]
+    return training, [Document(name, text[cut:]) for name, text, cut in cuts if text[cut:].strip()]
+
+
+def are_few(documents: Sequence[Document]) -> bool:
+    """Whether one document in twenty would be a matter of luck."""
     return len(documents) < _FEW
 
 

@@ -74,6 +74,10 @@ def evaluate_pair(
         "plan": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(plan).items()},
         "provenance": provenance(),
     }
+    drafters = {name: load_any(folder, primary, plan.device) for name, folder in drafter_folders.items()}
+    for name, drafter in drafters.items():
+        if isinstance(drafter, TandemDrafter) and drafter.config.primary_fingerprint != report["primary_fingerprint"]:
+            raise ConfigError(f"drafter {name} was trained for another primary than {primary_folder}")
     prompts = _prompts(documents, tokenizer, plan)
     own_texts = {}
     for temperature in plan.temperatures:
@@ -83,9 +87,7 @@ def evaluate_pair(
         ]
     for name, folder in drafter_folders.items():
         announce(name)
-        drafter = load_any(folder, primary, plan.device)
-        if isinstance(drafter, TandemDrafter) and drafter.config.primary_fingerprint != report["primary_fingerprint"]:
-            raise ConfigError(f"--drafter {name}: {folder} was trained for another primary than {primary_folder}")
+        drafter = drafters[name]
         measured = _measure(primary, drafter, windows, own_texts, plan)
         report["drafters"][name] = {"type": _type(drafter), "training": _training(folder), **measured}
         if plan.couplings and not isinstance(drafter, PromptLookup):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -32,7 +35,15 @@ from tandem_serve.models.checkpoint import (
 )
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemDrafter
-from tandem_serve.training.calibration import RoundCosts, best_fixed, best_threshold, block_lengths, calibration, replay
+from tandem_serve.training.calibration import (
+    Replayed,
+    RoundCosts,
+    best_fixed,
+    best_threshold,
+    block_lengths,
+    calibration,
+    replay,
+)
 from tandem_serve.training.corpus import Document
 from tandem_serve.training.held_out import heldout_prompts
 from tandem_serve.training.router_examples import RouterExamples, collect_examples, write_texts
@@ -83,9 +94,8 @@ def fit_router(
     examples = _collect(primary, info, drafter, primary_folder, documents, config)
     is_measured = torch.arange(len(examples.is_right)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     ms = drafter.decoder if isinstance(drafter, TandemDrafter) else drafter
-    trained_on, measured_on = examples.texts(~is_measured), examples.texts(is_measured)
-    model = train_acceptance(trained_on, ms.embedding.detach(), config)
-    report = measure_acceptance(model, trained_on, measured_on, ms.embedding, measure_costs(primary, ms, model))
+    model = train_acceptance(examples.texts(~is_measured), ms.embedding.detach(), config)
+    report = measure_acceptance(model, examples.texts(is_measured), ms.embedding, measure_costs(primary, ms, model))
     for policy in _ADAPTIVE:
         model.thresholds[policy] = report["policies"][policy.value]["threshold"]
     folder = out or drafter_folder
@@ -142,28 +152,23 @@ def _reached(examples: RouterExamples) -> Tensor:
 
 @torch.inference_mode()
 def measure_acceptance(
-    model: AcceptanceModel,
-    chosen_on: RouterExamples,
-    measured_on: RouterExamples,
-    embedding: Tensor,
-    costs: Mapping[PolicyName, RoundCosts],
+    model: AcceptanceModel, examples: RouterExamples, embedding: Tensor, costs: Mapping[PolicyName, RoundCosts]
 ) -> dict[str, Any]:
-    """Calibration of each predictor, and what each policy is worth at its own costs: at the threshold that is best on
-    some texts, replayed on others.
+    """Calibration of each predictor, and what each policy is worth at its own costs.
+
+    `threshold` is the best one on all the texts; the other figures are of thresholds that were chosen on other texts
+    than they are replayed on.
     """
-    before, scores = _scores(model, chosen_on, embedding), _scores(model, measured_on, embedding)
-    reached, is_right = _reached(measured_on), measured_on.is_right
-    outcomes = is_right.tolist()
-    length, _ = best_fixed(chosen_on.is_right, costs[PolicyName.FIXED])
-    lengths = torch.full(is_right.shape[:2], length).tolist()
-    fixed = replay(outcomes, lengths, costs[PolicyName.FIXED])
+    scores = _scores(model, examples, embedding)
+    reached, is_right = _reached(examples), examples.is_right
+    length, _ = best_fixed(is_right, costs[PolicyName.FIXED])
+    fixed = _crossed(is_right, costs[PolicyName.FIXED], _fixed_lengths)
     policies: dict[str, Any] = {"fixed": {"block_length": length, "tokens_per_s": fixed.tokens_per_s}}
     for policy, score in scores.items():
         compounds = policy is PolicyName.OPTIMAL
-        threshold, _ = best_threshold(chosen_on.is_right, before[policy], costs[policy], compounds=compounds)
-        replayed = replay(outcomes, block_lengths(score, threshold, compounds=compounds), costs[policy])
+        replayed = _crossed(is_right, costs[policy], partial(_adaptive_lengths, score, compounds))
         policies[policy.value] = {
-            "threshold": threshold,
+            "threshold": best_threshold(is_right, score, costs[policy], compounds=compounds)[0],
             "tokens_per_s": replayed.tokens_per_s,
             "over_best_fixed": replayed.tokens_per_s / fixed.tokens_per_s,
             "drafts_a_round": replayed.num_drafts / replayed.num_rounds,
@@ -176,6 +181,34 @@ def measure_acceptance(
         "costs_ms": {policy.value: {n: 1e3 * s for n, s in vars(of_one).items()} for policy, of_one in costs.items()},
         "policies": policies,
     }
+
+
+# Drafts [S][O] on some texts of a policy that is at its best on others: is_right, its costs, those others, the texts.
+_Lengths = Callable[[Tensor, RoundCosts, Tensor, Tensor], list[list[int]]]
+
+
+def _crossed(is_right: Tensor, costs: RoundCosts, lengths: _Lengths) -> Replayed:
+    """Each half of the texts under what is best on the other half. Texts are greedy and sampled in turn: pairs."""
+    texts = torch.arange(len(is_right))
+    in_first = texts // 2 % 2 == 0
+    halves = [half for half in (texts[in_first], texts[~in_first]) if len(half)]
+    replayed = [
+        replay(is_right[half].tolist(), lengths(is_right, costs, other, half), costs)
+        for half, other in zip(halves, reversed(halves), strict=True)
+    ]
+    return reduce(add, replayed)
+
+
+def _fixed_lengths(is_right: Tensor, costs: RoundCosts, chosen_on: Tensor, texts: Tensor) -> list[list[int]]:
+    length, _ = best_fixed(is_right[chosen_on], costs)
+    return torch.full(is_right[texts].shape[:2], length).tolist()
+
+
+def _adaptive_lengths(
+    scores: Tensor, compounds: bool, is_right: Tensor, costs: RoundCosts, chosen_on: Tensor, texts: Tensor
+) -> list[list[int]]:
+    threshold, _ = best_threshold(is_right[chosen_on], scores[chosen_on], costs, compounds=compounds)
+    return block_lengths(scores[texts], threshold, compounds=compounds)
 
 
 def _scores(model: AcceptanceModel, examples: RouterExamples, embedding: Tensor) -> dict[PolicyName, Tensor]:
@@ -195,30 +228,28 @@ def measure_costs(
     """Times rounds of this pair on this machine, by who ends a block, judging included: MS drafts, then ML verifies, as
     decoding at batch 1 does.
     """
-    scorer = AcceptanceScorer(model, ms)
-    rules = {PolicyName.FIXED: None, **{policy: StoppingRule(policy, 0.0) for policy in _ADAPTIVE}}  # never stops
-    return {policy: _round_costs(primary, ms, scorer, rule, context, repetitions) for policy, rule in rules.items()}
-
-
-def _round_costs(
-    primary: Decoder, ms: Decoder, scorer: AcceptanceScorer, rule: StoppingRule | None, context: int, repetitions: int
-) -> RoundCosts:
     kv = KvBuffer(primary.config, context + 32, primary.dtype, primary.device)
     small = KvBuffer(ms.config, context + 32, ms.dtype, ms.device)
     for buffer in (kv, small):
         buffer.planes.zero_()
-    times: dict[int, tuple[list[float], list[float]]] = {length: ([], []) for length in (1, 4, 8, 16)}
+    scorer = AcceptanceScorer(model, ms)
+    rules = {PolicyName.FIXED: None, **{policy: StoppingRule(policy, 0.0) for policy in _ADAPTIVE}}  # never stops
+    drafting: dict[PolicyName, dict[int, list[float]]] = {policy: {} for policy in rules}
+    verifying: dict[int, list[float]] = {}  # the same work whoever drafted
     for _ in range(repetitions):
-        for length, (drafting, verifying) in times.items():
+        for length, (policy, rule) in itertools.product((1, 4, 8, 16), rules.items()):
             start = time.perf_counter()
             draft_blocks(ms, [DraftJob(small, context, [1], length, SamplingParams(temperature=0.0), rule)], scorer)
             middle = time.perf_counter()
             forward(primary, [Rows(kv, context, [1] * (length + 1), length + 1)]).logits.argmax(-1)
-            drafting.append(middle - start)
-            verifying.append(time.perf_counter() - middle)
-    draft_0, draft_s = _line({length: median(drafting) for length, (drafting, _) in times.items()})
-    verify_0, verify_s = _line({length: median(verifying) for length, (_, verifying) in times.items()})
-    return RoundCosts(draft_0 + verify_0, draft_s, verify_s)
+            drafting[policy].setdefault(length, []).append(middle - start)
+            verifying.setdefault(length, []).append(time.perf_counter() - middle)
+    verify_0, verify_s = _line({length: median(times) for length, times in verifying.items()})
+    costs = {}
+    for policy, by_length in drafting.items():
+        draft_0, draft_s = _line({length: median(times) for length, times in by_length.items()})
+        costs[policy] = RoundCosts(draft_0 + verify_0, draft_s, verify_s)
+    return costs
 
 
 def _line(points: Mapping[int, float]) -> tuple[float, float]:

@@ -14,10 +14,9 @@ from tokenizers import Tokenizer
 
 from tandem_serve.errors import ConfigError
 from tandem_serve.training.corpus import (
-    STDLIB,
     STDLIB_HELD_OUT,
     Document,
-    is_cut,
+    cut_ends,
     read_documents,
     split_held_out,
     stdlib_folder,
@@ -75,8 +74,9 @@ def evaluation_documents(source: str, field: str, primary: Path) -> list[Documen
         raise ConfigError(f"{primary}: its provenance names no held-out documents; name a source of text instead")
     if source in (HELD_OUT, trained_on):
         documents = read_documents(trained_on)
-        names = None if is_cut(documents) and trained_on != STDLIB else provenance.get("held_out")
-        return split_held_out(documents, names)[1]
+        if provenance.get("cut", len(documents) == 1):  # what training did, whatever there is now
+            return cut_ends(documents)[1]
+        return split_held_out(documents, provenance.get("held_out"))[1]
     if source.endswith(".jsonl"):
         return [Document(f"{Path(source).name}:{n}", text) for n, text in enumerate(read_jsonl(Path(source), field), 1)]
     return read_documents(source)

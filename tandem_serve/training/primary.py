@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from tandem_serve.errors import ConfigError
 from tandem_serve.models.checkpoint import atomic_folder, load_tokenizer, write_model
 from tandem_serve.models.decoder import Decoder, DecoderConfig, causal_attention
 from tandem_serve.training.corpus import Document, corpus_hash
@@ -69,9 +70,11 @@ def train_primary(
     *,
     resume: bool = True,
     compiled: bool = False,
+    tokenizer_from: Path | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Trains a primary and writes it, in bf16, to `folder/model`. The tokenizer is made first and kept.
+    """Trains a primary and writes it, in bf16, to `folder/model`. The tokenizer is made first and kept, or that of
+    another model is taken.
 
     bf16 because that is what gets served: drafters must be trained against the rounded weights.
     """
@@ -81,7 +84,7 @@ def train_primary(
             run.lock()
         if leads() and not resume:
             run.clear()
-        tokenizer = _tokenizer(run, training, shape)
+        tokenizer = _tokenizer(run, training, shape, tokenizer_from)
     token_ids = encode_documents(training, tokenizer, END_OF_TEXT_ID)
     windows = TokenWindows(token_ids, batches.sequence_length, batches.batch_size, batches.seed, worker())
     identity = {
@@ -106,9 +109,16 @@ def train_primary(
     return folder / "model"
 
 
-def _tokenizer(run: RunFolder, training: Sequence[Document], shape: DecoderConfig) -> Tokenizer:
+def _tokenizer(
+    run: RunFolder, training: Sequence[Document], shape: DecoderConfig, tokenizer_from: Path | None
+) -> Tokenizer:
     folder = run.path / "tokenizer"
-    if not (folder / "tokenizer_config.json").is_file():
+    if tokenizer_from is not None:
+        found = load_tokenizer(tokenizer_from)
+        if found.get_vocab_size() > shape.vocab_size:
+            raise ConfigError(f"{tokenizer_from}: {found.get_vocab_size()} tokens are more than --vocab-size")
+        save_tokenizer(found, folder, max_positions=shape.max_position_embeddings)
+    elif not (folder / "tokenizer_config.json").is_file():
         save_tokenizer(
             train_tokenizer((d.text for d in training), shape.vocab_size),
             folder,

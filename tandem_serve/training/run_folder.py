@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import shlex
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 from tandem_serve.errors import CheckpointError, ConfigError
+
+_log = logging.getLogger(__name__)
 
 _LOCK = "lock"
 _STATE, _LOG, _PROVENANCE = "training_state.pt", "log.jsonl", "provenance.json"
@@ -38,10 +41,12 @@ class RunFolder:
         self._held = (self.path / _LOCK).open("w")
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ConfigError(
                 f"{self.path}: another training is at work in this folder; end it or choose another --out"
             ) from error
+        except OSError:  # a file system without locks
+            _log.warning("%s: cannot be locked: see to it that one training alone works there", self.path)
 
     @property
     def has_state(self) -> bool:

@@ -149,6 +149,17 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
     assert _losses(tmp_path) == _losses(whole)
 
 
+def test_a_primary_can_take_another_models_tokenizer(corpus: Path, primary_run: Path, tmp_path: Path) -> None:
+    model = primary_run / "model"
+    (tmp_path / "other.txt").write_text("Whither wander you? Over hill, over dale.\n" * 300)
+    arguments = ["--data", tmp_path / "other.txt", "--out", tmp_path / "run", "--tokens", _STEP_TOKENS]
+    _run("primary", *arguments, "--vocab-size", 300, "--tokenizer-from", model)
+    assert primary_info(tmp_path / "run" / "model").tokenizer_hash == primary_info(model).tokenizer_hash
+    command = _command("primary", *arguments, "--vocab-size", 100, "--tokenizer-from", model)
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "are more than --vocab-size" in refused.stderr
+
+
 def test_another_runs_state_is_refused(corpus: Path, primary_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["--data", corpus, "--vocab-size", 300, "--out", out, "--tokens", _STEP_TOKENS]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from tandem_serve.bench.reproduce import Step, read_plan, run_plan
+from tandem_serve.cli import app
 from tandem_serve.errors import ConfigError
 from tandem_serve.training.run_folder import RunFolder
 from tests.serving_contract import eventually
@@ -65,29 +67,52 @@ def test_a_step_that_is_done_is_not_run_and_a_failing_one_ends_the_plan(tmp_path
     assert len(heard) == 2
 
 
+def _training(folder: Path, tokens: str) -> str:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("def function(value):\n    return value\n" * 400)
+    train = f"train primary --data {corpus} --out {folder}/run --tokens {tokens} --vocab-size 300 --quiet --layers 1"
+    return f"{train} --hidden-size 32 --intermediate-size 64 --heads 2 --kv-heads 1 --sequence-length 32"
+
+
+def _plan_of(folder: Path, *steps: dict[str, str], **variables: str) -> Path:
+    file = folder / "plan.yaml"
+    file.write_text(yaml.safe_dump({"variables": variables, "steps": list(steps)}))
+    return file
+
+
 def test_a_step_that_was_done_with_other_settings_says_so(tmp_path: Path) -> None:
-    """`schema` makes a file that a changed command would not make again."""
-    made, heard = tmp_path / "made.json", []
-    step = Step("schema", ("schema", "--help"), made)
-    with pytest.raises(ConfigError, match="not made"):
-        run_plan([step], tmp_path, heard.append)
-    made.touch()
-    (tmp_path / "steps").mkdir()
-    (tmp_path / "steps" / "schema").write_text("schema --help")
-    run_plan([step], tmp_path, heard.append)
-    assert heard[-1].endswith("schema: done")
-    run_plan([Step("schema", ("schema",), made)], tmp_path, heard.append)
-    assert "by another command: remove" in heard[-1]
+    step = {"name": "train", "run": _training(tmp_path, "{tokens}"), "makes": "{out}/run/model/config.json"}
+    plan = _plan_of(tmp_path, step, tokens="1k")
+    heard: list[str] = []
+    for settings in ([], [], ["tokens=2k"]):
+        run_plan(read_plan(plan, tmp_path, settings), tmp_path, heard.append)
+    assert "--tokens 1k" in heard[0] and heard[1].endswith("train: done")
+    assert "done, by another command: remove" in heard[2]
+
+
+def test_a_step_that_lacks_something_is_passed_over(tmp_path: Path) -> None:
+    plan = _plan_of(tmp_path, {"name": "a", "run": "{text}", "makes": "{out}/a", "needs": "text"}, text="")
+    heard: list[str] = []
+    run_plan(read_plan(plan, tmp_path, []), tmp_path, heard.append)
+    assert heard == ["[1/1] a: passed over without --set text=..."]
+    with pytest.raises(ConfigError, match="step a"):
+        run_plan(read_plan(plan, tmp_path, ["text=x"]), tmp_path, heard.append)
+
+
+def test_a_failing_step_is_named_and_the_report_is_of_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "tokens": 100, "losses": {"drafter": 5.0}}\n')
+    plan = _plan_of(tmp_path, {"name": "fails", "run": "no-such-command", "makes": "{out}/missing"})
+    result = CliRunner().invoke(app, ["reproduce", str(plan), "--out", str(tmp_path)])
+    assert (result.exit_code, "step fails: exit status 2" in result.output) == (1, True), result.output
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_every_command_of_the_papers_plan_exists() -> None:
     """Each step parses as its command's options, and is told to make what the plan waits for."""
     import typer
 
-    from tandem_serve.cli import app
-
     group = typer.main.get_command(app)
-    steps = read_plan(_PAPER, Path("out"), [])
+    steps = read_plan(_PAPER, Path("out"), ["prose=some-text"])
     assert len({step.name for step in steps}) == len(steps) == len(yaml.safe_load(_PAPER.read_text())["steps"])
     for step in steps:
         command, arguments = group, list(step.arguments)
@@ -99,13 +124,10 @@ def test_every_command_of_the_papers_plan_exists() -> None:
 
 def test_a_killed_plan_takes_its_step_along(tmp_path: Path) -> None:
     """While the step trains nobody else may train in its folder; a lock that is free again says that it has ended."""
-    (tmp_path / "corpus.txt").write_text("def function(value):\n    return value\n" * 400)
-    train = f"train primary --data {tmp_path}/corpus.txt --out {tmp_path}/run --tokens 50M --vocab-size 300 --quiet"
-    train += " --layers 1 --hidden-size 32 --intermediate-size 64 --heads 2 --kv-heads 1 --sequence-length 32"
-    steps = [{"name": "train", "run": train, "makes": f"{tmp_path}/run/model/config.json"}]
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"steps": steps}))
+    train = _training(tmp_path, "50M")
+    file = _plan_of(tmp_path, {"name": "train", "run": train, "makes": "{out}/run/model/config.json"})
     command = [sys.executable, "-m", "tandem_serve.cli"]
-    plan = subprocess.Popen([*command, "reproduce", str(tmp_path / "plan.yaml"), "--out", str(tmp_path)])
+    plan = subprocess.Popen([*command, "reproduce", str(file), "--out", str(tmp_path)])
     log = tmp_path / "run" / "log.jsonl"
     eventually(log.is_file, "the step trains", timeout_s=60)
     second = subprocess.run([*command, *train.split()], capture_output=True, text=True, check=False)

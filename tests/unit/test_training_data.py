@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tandem_serve.cli_train import _origin_of_text
 from tandem_serve.errors import ConfigError
 from tandem_serve.training.corpus import (
     STDLIB_HELD_OUT,
@@ -18,7 +20,7 @@ from tandem_serve.training.corpus import (
     stdlib_folder,
 )
 from tandem_serve.training.data import TokenWindows, block_index, encode_documents, parse_block_lengths
-from tandem_serve.training.held_out import heldout_prompts, read_held_out, write_held_out
+from tandem_serve.training.held_out import evaluation_documents, heldout_prompts, read_held_out, write_held_out
 from tandem_serve.training.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, save_tokenizer, train_tokenizer
 
 _TEXT = "def add(first, second):\n    return first + second  # é ☃\n\n" * 40
@@ -64,6 +66,30 @@ def test_few_documents_give_their_ends(count: int) -> None:
     training, held_out = split_held_out(documents, None, fraction=0.1)
     assert [d.text for d in training] == [f"{i}" * 90 for i in range(count)]
     assert [d.text for d in held_out] == ["y" * 10] * count
+
+
+@pytest.mark.parametrize(("trained_on", "there_are"), [(15, 21), (25, 18), (1, 1), (30, 30)])
+def test_what_was_held_out_stays_so_when_documents_come_or_go(tmp_path: Path, trained_on: int, there_are: int) -> None:
+    """What training wrote decides, not how many documents there are now."""
+    data, primary = tmp_path / "data", tmp_path / "primary"
+    data.mkdir()
+    primary.mkdir()
+
+    def write(count: int) -> list[Document]:
+        for file in data.iterdir():
+            file.unlink()
+        for i in range(count):
+            (data / f"{i}.txt").write_text(f"text {i} " * 100)
+        return read_documents(str(data))
+
+    training, held_out = split_held_out(write(trained_on), None)
+    details = _origin_of_text(str(data), training, held_out)
+    (primary / "provenance.json").write_text(json.dumps(details))
+    write(there_are)
+    seen = {d.name: d.text for d in training}
+    for document in evaluation_documents("heldout", "prompt", primary):
+        if document.name in seen:  # its end, then, behind what was trained on
+            assert seen[document.name] + document.text == f"text {document.name.split('.')[0]} " * 100
 
 
 def test_something_is_held_out_of_any_documents() -> None:

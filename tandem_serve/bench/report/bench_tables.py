@@ -40,7 +40,8 @@ def engines_table(documents: dict[str, dict[str, Any]]) -> Table:
             for mode, figures in modes.items():
                 ratio = document["ratios"].get(f"{mode}/vllm", {}).get(concurrency)
                 row = [name, concurrency, mode, f"{document['options']['inflate']}", f"{figures['tokens_per_s']:.1f}"]
-                row += [f"{figures['tokens_per_step']:.2f}", f"{figures['idle_share']:.0%}"]
+                row += [f"{figures['tokens_per_step']:.2f}"]
+                row.append(f"{figures['idle_share']:.0%}" if figures["idle_share"] else "")
                 rows.append([*row, "" if ratio is None else f"{ratio:.2f}"])
     columns = ("benchmark", "at a time", "mode", "inflated", "tokens/s", "tokens a step", "waits for drafts")
     return Table("Measured engines", (*columns, "over plain vLLM"), rows)
@@ -89,10 +90,11 @@ def _ratio(document: dict[str, Any], mode: str) -> str:
 def router_tables(name: str, document: dict[str, Any]) -> list[Table]:
     predictors = {key: value for key, value in document["calibration"].items() if isinstance(value, dict)}
     calibration = {key: {k: v for k, v in value.items() if k != "bins"} for key, value in predictors.items()}
+    is_by_policy = any(isinstance(costs, dict) for costs in document.get("costs_ms", {}).values())
     policies, title = document.get("policies", {}), f"{name}: policies at their measured thresholds, replayed"
     return [
         records_table(f"{name}: calibration of each predictor", "predictor", calibration),
-        records_table(title, "policy", policies, _REPLAYED),
+        records_table(title, "policy", policies, _REPLAYED if is_by_policy else ""),
     ]
 
 

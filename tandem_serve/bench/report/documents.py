@@ -71,7 +71,7 @@ def read_documents(folder: Path) -> Documents:
         if records:
             found.trainings[str(file.parent.relative_to(folder))] = records
     if not found:
-        raise ConfigError(f"{folder}: no document of eval, bench decode or train in it")
+        raise ConfigError(f"{folder}: no document of eval, bench or train in it")
     return found
 
 

@@ -126,9 +126,12 @@ def configurations_table(evals: dict[str, Eval]) -> Table:
         if drafter["type"] == "tandem" and drafter.get("training", {}).get("train_primary")
     ]
     trained = [_recipe(training) for *_, training in found if training["train_primary"] != "frozen"]
-    rows = []
+    found.sort(key=lambda of_one: len(of_one[1]["drafters"]))  # what was measured for the comparison comes first
+    rows, shown = [], set()
     for name, document, drafter_name, drafter, training in found:
-        if _recipe(training) in trained:
+        row_of = (training["train_primary"], _recipe(training))
+        if _recipe(training) in trained and row_of not in shown:
+            shown.add(row_of)
             length, text = nearest(drafter["text"]["block_lengths"], paper.TABLE_1_BLOCK_LENGTH)
             _, drafting = nearest(next(iter(drafter["drafting"].values()))["block_lengths"], 5)
             primary = document["primary"]
@@ -142,19 +145,20 @@ def configurations_table(evals: dict[str, Eval]) -> Table:
 
 def _recipe(training: dict[str, Any]) -> tuple[Any, ...]:
     """What has to be the same of drafters whose configurations are compared."""
-    keys = ("num_tokens", "layer_map", "block_lengths", "shape", "init_from", "sampled_tokens")
-    return tuple(str(training.get(key)) for key in keys)
+    budget = ("num_tokens", "layer_map", "block_lengths", "shape", "init_from", "sampled_tokens")
+    loss = ("distillation_weight", "cross_entropy_share")
+    return tuple(str(training.get(key)) for key in (*budget, *loss))
 
 
 def by_domain(evals: dict[str, Eval]) -> dict[str, Eval]:
-    """The evaluations of the same drafters on different texts: the largest such group, if it has two or more."""
-    groups: dict[tuple[Any, ...], dict[str, Eval]] = {}
+    """The evaluations of the same drafters on two or more texts."""
+    groups: dict[str, dict[str, Eval]] = {}
     for name, document in evals.items():
-        key = (document.get("primary_fingerprint"), *sorted(document["drafters"]))
-        groups.setdefault(key, {})[name] = document
-    texts = {key: len({_text_of(document) for document in group.values()}) for key, group in groups.items()}
-    largest = max(groups, key=lambda key: texts[key], default=())
-    return groups[largest] if texts.get(largest, 0) > 1 else {}
+        drafters = {drafter_name: drafter["training"] for drafter_name, drafter in document["drafters"].items()}
+        if not any("couplings" in drafter for drafter in document["drafters"].values()):
+            groups.setdefault(f"{document.get('primary_fingerprint')} {drafters}", {})[name] = document
+    with_several = [g for g in groups.values() if len({_text_of(document) for document in g.values()}) > 1]
+    return {name: document for group in with_several for name, document in group.items()}
 
 
 def _text_of(document: Eval) -> str:

@@ -168,8 +168,9 @@ def _standalone(axes: Any, document: dict[str, Any]) -> None:
     for name, figures in document["modes"].items():
         if "accuracy" in figures:
             kind, _, length = name.rpartition("-")
+            kind, length = (kind, length) if kind in ("tandem", "representations") else (name, "")
             point = figures["over_primary"], figures["accuracy"]
-            points.setdefault(kind if length.isdecimal() else name, []).append(point)
+            points.setdefault(kind, []).append(point)
             axes[0].annotate(length if length.isdecimal() else name, point, fontsize=7)
     for name, of_one in points.items():
         axes[0].plot(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tandem_serve.bench.report import bench_tables as bench
-from tandem_serve.bench.report import eval_tables as evals
+from tandem_serve.bench.report import bench_tables, eval_tables
 from tandem_serve.bench.report.documents import Documents
 from tandem_serve.bench.report.table import Table
 
@@ -17,23 +16,23 @@ def all_tables(documents: Documents) -> list[Table]:
 
 def _tables(documents: Documents) -> Iterator[Table]:
     if documents.evals:
-        yield evals.paper_table_1()
+        yield eval_tables.paper_table_1()
     for name, document in documents.evals.items():
-        yield evals.text_table(name, document)
-        yield evals.drafting_table(name, document)
-        yield evals.projection_table(name, document)
-        yield evals.sweep_table(name, document)
-        yield evals.peers_table(name, document)
-    yield evals.configurations_table(documents.evals)
-    yield evals.domains_table(evals.by_domain(documents.evals))
+        yield eval_tables.text_table(name, document)
+        yield eval_tables.drafting_table(name, document)
+        yield eval_tables.projection_table(name, document)
+        yield eval_tables.sweep_table(name, document)
+        yield eval_tables.peers_table(name, document)
+    yield eval_tables.configurations_table(documents.evals)
+    yield eval_tables.domains_table(eval_tables.by_domain(documents.evals))
     if documents.decodes or documents.policies:
-        yield bench.paper_table_2()
-    yield bench.decodes_table(documents.decodes)
-    yield bench.tandem_over_plain_table(documents.policies)
-    yield bench.engines_table(documents.engines)
+        yield bench_tables.paper_table_2()
+    yield bench_tables.decodes_table(documents.decodes)
+    yield bench_tables.tandem_over_plain_table(documents.policies)
+    yield bench_tables.engines_table(documents.engines)
     for name, document in documents.standalones.items():
-        yield bench.standalone_table(name, document)
+        yield bench_tables.standalone_table(name, document)
     for name, document in documents.policies.items():
-        yield bench.policies_table(name, document)
+        yield bench_tables.policies_table(name, document)
     for name, document in documents.routers.items():
-        yield from bench.router_tables(name, document)
+        yield from bench_tables.router_tables(name, document)
