@@ -136,6 +136,7 @@ def _policies(axes: Any, document: dict[str, Any]) -> None:
     for value in paper.ADAPTIVE["over fixed"]:
         axes[0].axhline(value, color="grey", linestyle=":", linewidth=1)
     axes[0].axhline(1, color="black", linewidth=1)
+    axes[0].set_ylim(bottom=min([0.8, *(height for of_name in ratios.values() for height in of_name.values())]) - 0.05)
     _label(axes[0], "", "over the best fixed length (dotted: the paper)")
     _label(axes[1], "fixed block length", "tokens/s")
 
