@@ -91,14 +91,13 @@ def reproduce(
     """
     from tandem_serve.bench.reproduce import read_plan, run_plan
     from tandem_serve.cli_errors import interruptible, reported
-    from tandem_serve.errors import TandemError
 
     with reported(), interruptible():  # or a killed plan would leave its step running
         steps = read_plan(plan, out, variables, tuple(name for name in only.split(",") if name))
         try:
-            run_plan(steps, out, typer.echo)
-        except TandemError as error:
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            with reported():
+                run_plan(steps, out, typer.echo)
+        except typer.Exit:
             report(out)  # of what there is
-            raise typer.Exit(1) from error
+            raise
         report(out)

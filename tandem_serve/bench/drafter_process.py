@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-STOP_TIMEOUT_S = 20.0
+from tandem_serve.bench.processes import stop
 
 
 def pin_to_core(core: int) -> None:
@@ -32,12 +31,7 @@ def drafter_process(model: Path, dtype: str, core: int) -> Iterator[str]:
     try:
         yield address
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process)
 
 
 def _free_port() -> int:

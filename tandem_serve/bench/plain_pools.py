@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem_serve.bench.processes import stop
 from tandem_serve.errors import Unavailable
 
 START_TIMEOUT_S = 120.0
@@ -76,12 +76,7 @@ def _process(role: str, arguments: Sequence[str], folder: Path) -> Iterator[list
             time.sleep(0.05)
         yield _ADDRESS.findall(next(line for line in text.splitlines() if "listening on" in line))
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process, timeout_s=STOP_TIMEOUT_S)
 
 
 def _wait_until_linked(status_url: str) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tandem_serve.bench.processes import stop
 from tandem_serve.errors import ConfigError
-
-STOP_TIMEOUT_S = 20.0
 
 
 class _Step(BaseModel):
@@ -112,10 +111,5 @@ def _run(command: Sequence[str]) -> int:
     try:
         return process.wait()
     except BaseException:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process, signal.SIGINT)
         raise

@@ -88,10 +88,10 @@ def split_held_out(
     """Splits into (training, held out): the named documents, or where `names` is None about `fraction` of them.
 
     The choice by fraction hashes names, so it stays the same when documents come or go. Documents that are too few to
-    choose from (`are_few`) are cut instead.
+    choose from, so that one in twenty would be a matter of luck, are cut instead.
     """
     everything = list(documents)
-    if names is None and are_few(everything):
+    if names is None and len(everything) < _FEW:
         return cut_ends(everything, fraction)
     wanted = set(names or ())
     if names is None:
@@ -105,11 +105,6 @@ def cut_ends(documents: Iterable[Document], fraction: float = 0.05) -> tuple[lis
     cuts = [(d.name, d.text, int(len(d.text) * (1 - fraction))) for d in documents]
     training = [Document(name, text[:cut]) for name, text, cut in cuts]
     return training, [Document(name, text[cut:]) for name, text, cut in cuts if text[cut:].strip()]
-
-
-def are_few(documents: Sequence[Document]) -> bool:
-    """Whether one document in twenty would be a matter of luck."""
-    return len(documents) < _FEW
 
 
 def corpus_hash(documents: Iterable[Document]) -> str:

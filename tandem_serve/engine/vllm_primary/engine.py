@@ -183,23 +183,13 @@ class VllmPrimary:
 
     def fail_all(self) -> None:
         """Ends every request with Unavailable: vLLM has raised, on nobody knows whose account."""
-        self._drain_inbox()
-        for running in list(self._running.values()):
-            with suppress(Exception):
-                self._engine.abort_request([running.request.request_id])
-            self._end(running.request.request_id, FinishReason.ABORT)
-            self._deliver(running, Unavailable("the primary's engine failed in a step; see its log"))
+        self._end_all(lambda _: Unavailable("the primary's engine failed in a step; see its log"))
 
     def close(self) -> None:
         """Aborts what is left and shuts vLLM down. No step may follow."""
         with self._lock:
             self._is_closed = True
-        self._drain_inbox()
-        for running in list(self._running.values()):
-            with suppress(Exception):  # whatever state a broken step has left it in
-                self._engine.abort_request([running.request.request_id])
-            self._end(running.request.request_id, FinishReason.ABORT)
-            self._deliver(running, GenerationStep(running.request.request_id, (), finish_reason=FinishReason.ABORT))
+        self._end_all(lambda request_id: GenerationStep(request_id, (), finish_reason=FinishReason.ABORT))
         self._engine.engine_core.shutdown()
 
     # -------------------------------------------------------------- requests
@@ -252,6 +242,15 @@ class VllmPrimary:
             self._engine.abort_request([request_id])
             self._end(request_id, FinishReason.ABORT)
             self._deliver(running, GenerationStep(request_id, (), finish_reason=FinishReason.ABORT))
+
+    def _end_all(self, last: Callable[[str], GenerationStep | TandemError]) -> None:
+        """Ends every request; `last` is what its sink hears."""
+        self._drain_inbox()
+        for request_id, running in list(self._running.items()):
+            with suppress(Exception):  # whatever state a broken step has left it in
+                self._engine.abort_request([request_id])
+            self._end(request_id, FinishReason.ABORT)
+            self._deliver(running, last(request_id))
 
     def _emit(self, output: RequestOutput) -> None:
         running = self._running.get(output.request_id)
