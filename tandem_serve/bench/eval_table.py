@@ -42,7 +42,7 @@ def _print_drafting(console: Console, figures: dict[str, Any], temperature: str)
             table.add_row(
                 name,
                 length,
-                f"{f['accepted_per_block']:.2f}",
+                f"{f['accepted_per_block']:.2f} ± {f['accepted_per_block_error']:.2f}",
                 positions,
                 f"{f['agreement']:.1f}",
                 f"{f['primary_runs_per_response']:.1f}",

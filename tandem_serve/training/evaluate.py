@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,8 +132,8 @@ def drafting_figures(
 
     A response's first token comes with the prompt's pass. Then blocks follow each other as in serving: block_length
     drafts, or as many as the response has left beside ML's own token, of which the accepted ones and ML's own token
-    move the sequence on. `agreement` is the share of all drafts, over every opening, that equal ML's choice,
-    whatever became of the block's earlier ones.
+    move the sequence on. `accepted_per_block_error` is a standard error, over responses. `agreement` is the share of
+    all drafts, over every opening, that equal ML's choice, whatever became of the block's earlier ones.
     """
     tables = list(hits)
     figures = {}
@@ -145,6 +146,7 @@ def drafting_figures(
         figures[str(length)] = {
             "num_blocks": len(blocks),
             "accepted_per_block": sum(b.accepted for b in blocks) / max(1, len(blocks)),
+            "accepted_per_block_error": _standard_error(walks),
             "accepted_per_position": [r / max(1, o) for r, o in zip(reached, offered, strict=True)],
             "acceptance_rate": sum(b.accepted for b in blocks) / max(1, drafted),
             "agreement": 100 * _mean_agreement(tables, range(length)),
@@ -180,6 +182,19 @@ def _walk(accepted: Sequence[int], start: int, block_length: int) -> list[_Block
         blocks.append(_Block(drafted, min(drafted, accepted[opening])))
         opening += blocks[-1].accepted + 1
     return blocks
+
+
+def _standard_error(walks: Sequence[Sequence[_Block]]) -> float:
+    """Of accepted drafts a block, a ratio of sums over responses: how far another sample of as many would be off.
+
+    Responses, not blocks, are what was drawn: blocks of one text are alike.
+    """
+    totals = [(sum(b.accepted for b in walk), sum(b.drafted > 0 for b in walk)) for walk in walks]
+    accepted, blocks = (sum(column) for column in zip(*totals, strict=True))
+    if len(walks) < 2 or not blocks:
+        return 0.0
+    squares = sum((a - accepted / blocks * n) ** 2 for a, n in totals)
+    return math.sqrt(squares * len(walks) / (len(walks) - 1)) / blocks
 
 
 def _mean_agreement(tables: Sequence[tuple[Tensor, int]], steps: Iterable[int]) -> float:

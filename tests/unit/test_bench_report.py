@@ -20,6 +20,7 @@ def _drafter(kind: str, accepted: float, trained: list[int]) -> dict[str, Any]:
     lengths = {
         g: {
             "accepted_per_block": accepted,
+            "accepted_per_block_error": 0.0625,
             "accepted_per_position": [0.5] * int(g),
             "agreement": 70.0,
             "primary_runs_per_response": 40.0,

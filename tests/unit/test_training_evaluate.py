@@ -85,6 +85,20 @@ def test_parallel_drafting_accepts_what_token_by_token_drafting_would(temperatur
     assert figures["drafter_runs_per_response"] == pytest.approx(drafted / 4)
 
 
+def test_the_error_of_accepted_drafts_is_that_of_leaving_out_one_response_after_the_other() -> None:
+    hits = (
+        torch.rand(60, 20, 3, generator=torch.Generator().manual_seed(3)) < torch.linspace(0.1, 0.9, 60)[:, None, None]
+    )
+    figures = drafting_figures([(hits, 2)], [3])["block_lengths"]["3"]
+    without = [
+        drafting_figures([(torch.cat((hits[:i], hits[i + 1 :])), 2)], [3])["block_lengths"]["3"]["accepted_per_block"]
+        for i in range(60)
+    ]
+    mean = sum(without) / 60
+    jackknife = (59 / 60 * sum((x - mean) ** 2 for x in without)) ** 0.5
+    assert figures["accepted_per_block_error"] == pytest.approx(jackknife, rel=0.05)
+
+
 def test_a_primary_agrees_with_itself() -> None:
     primary = small_decoder(3, 24, 0)
     texts = OwnTexts(continuations(primary, torch.zeros(2, 4, dtype=torch.long), 20), 4)

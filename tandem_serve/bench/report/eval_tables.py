@@ -29,6 +29,12 @@ def projected_speed(document: Eval, figures: dict[str, Any], cost_ratio: float) 
     return float(document["plan"]["num_tokens"] / passes)
 
 
+def accepted(figures: dict[str, float]) -> str:
+    """Accepted drafts a block, and how far another sample of prompts would be off (a standard error)."""
+    error = figures.get("accepted_per_block_error")  # documents of before it was measured
+    return f"{figures['accepted_per_block']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
 _MEASURES = ("accuracy", "cross_entropy", "agreement", "total_variation")
 _MEASURE_NAMES = ("accuracy, %", "CE", "agreement, %", "TV")
 
@@ -61,7 +67,7 @@ def drafting_table(name: str, document: Eval) -> Table:
     for drafter_name, drafter in document["drafters"].items():
         for temperature, drafting in drafter["drafting"].items():
             for length, f in drafting["block_lengths"].items():
-                row = [drafter_name, temperature, length, f"{f['accepted_per_block']:.3f}", f"{f['agreement']:.2f}"]
+                row = [drafter_name, temperature, length, accepted(f), f"{f['agreement']:.2f}"]
                 row += [f"{f['primary_runs_per_response']:.2f}", f"{f['drafter_runs_per_response']:.2f}"]
                 rows.append([*row, " ".join(f"{x:.2f}" for x in f["accepted_per_position"])])
     columns = ("drafter", "temperature", "block length", "accepted a block", "agreement, %", "ML runs", "MS runs")
@@ -109,7 +115,7 @@ def peers_table(name: str, document: Eval) -> Table:
             figures = drafting["block_lengths"]
             best = max(figures, key=lambda g: projected_speed(document, figures[g], paper.COST_RATIO))
             row = [drafter_name, drafter["type"], f"{drafter['num_parameters']:,}", f"{tokens:,}", temperature, best]
-            row += [f"{figures[best]['accepted_per_block']:.3f}", f"{figures[best]['primary_runs_per_response']:.2f}"]
+            row += [accepted(figures[best]), f"{figures[best]['primary_runs_per_response']:.2f}"]
             rows.append([*row, f"{projected_speed(document, figures[best], paper.COST_RATIO):.3f}"])
     columns = ("drafter", "kind", "parameters", "training tokens", "temperature", "best block length")
     more = ("accepted a block", "ML runs", "projected speed-up")
@@ -137,7 +143,7 @@ def configurations_table(evals: dict[str, Eval]) -> Table:
             primary = document["primary"]
             row = [name, drafter_name, training["train_primary"], f"{training['num_tokens']:,}"]
             row += [f"{primary['loss']:.3f}", f"{primary['accuracy']:.2f}", length, *_measures(text)]
-            rows.append([*row, f"{drafting['accepted_per_block']:.3f}"])
+            rows.append([*row, accepted(drafting)])
     columns = ("evaluation", "drafter", "primary", "tokens", "ML's loss", "ML's accuracy, %", "block length")
     title = "Training configurations: primary frozen, trained by the drafter's loss, or by both"
     return Table(title, (*columns, *_MEASURE_NAMES, "accepted a block of 5"), rows)
@@ -172,7 +178,7 @@ def domains_table(evals: dict[str, Eval]) -> Table:
             for temperature, drafting in drafter["drafting"].items():
                 length, f = nearest(drafting["block_lengths"], 5)
                 row = [name, _text_of(document), drafter_name, temperature]
-                rows.append([*row, length, f"{f['accepted_per_block']:.3f}", f"{f['agreement']:.2f}"])
+                rows.append([*row, length, accepted(f), f"{f['agreement']:.2f}"])
     columns = ("evaluation", "text", "drafter", "temperature", "block length", "accepted a block", "agreement, %")
     return Table("By domain", columns, rows)
 

@@ -66,7 +66,10 @@ def _block_lengths(axes: Any, document: dict[str, Any]) -> None:
     for label, drafting in _lines(document):
         lengths = [int(g) for g in drafting["block_lengths"]]
         figures = list(drafting["block_lengths"].values())
-        axes[0].plot(lengths, [f["accepted_per_block"] for f in figures], marker="o", label=label)
+        errors = [f.get("accepted_per_block_error", 0.0) for f in figures]
+        axes[0].errorbar(
+            lengths, [f["accepted_per_block"] for f in figures], errors, marker="o", capsize=2, label=label
+        )
         speeds = [projected_speed(document, f, paper.COST_RATIO) for f in figures]
         axes[1].plot(lengths, speeds, marker="o", label=label)
     _label(axes[0], "block length", "accepted drafts a block")
