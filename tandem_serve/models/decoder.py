@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         self._q_k = (c.num_heads, c.num_kv_heads)
         self._gate_up = (c.intermediate_size, c.intermediate_size)
         self.layer_weights: list[LayerWeights] = [x.weights() for x in self.layers if isinstance(x, _Layer)]
-        self._packed_head: Packed | None = None
+        self._packed_head: Packed | Tensor | None = None
         self._build_rope()
 
     def _build_rope(self) -> None:

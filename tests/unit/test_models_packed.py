@@ -62,10 +62,16 @@ def test_what_a_packed_drafter_caches_for_verified_positions_is_the_same(variant
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture(autouse=True, params=["GenuineIntel", "another maker's"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_is_intel", lambda: request.param == "GenuineIntel")
+
+
 @pytest.mark.parametrize("small", [0, 1 << 30])  # with and without a plain copy for single rows
 @pytest.mark.parametrize("num_rows", [1, 2, 6, 70])
 def test_products(small: int, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_SMALL", small)
+    monkeypatch.setattr(packed, "_SMALL_FOR_MKL", small)
     generator = torch.Generator().manual_seed(3)
     a, x = torch.randn(num_rows, 40, generator=generator), torch.randn(num_rows, 30, generator=generator)
     matrix = torch.randn(40, 30, generator=generator)
