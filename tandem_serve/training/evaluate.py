@@ -193,7 +193,7 @@ def _standard_error(walks: Sequence[Sequence[_Block]]) -> float:
     accepted, blocks = (sum(column) for column in zip(*totals, strict=True))
     if len(walks) < 2 or not blocks:
         return 0.0
-    squares = sum((a - accepted / blocks * n) ** 2 for a, n in totals)
+    squares = math.fsum((a - accepted / blocks * n) ** 2 for a, n in totals)
     return math.sqrt(squares * len(walks) / (len(walks) - 1)) / blocks
 
 
