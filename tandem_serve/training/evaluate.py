@@ -190,7 +190,7 @@ def _standard_error(walks: Sequence[Sequence[_Block]]) -> float:
     Responses, not blocks, are what was drawn: blocks of one text are alike.
     """
     totals = [(sum(b.accepted for b in walk), sum(b.drafted > 0 for b in walk)) for walk in walks]
-    accepted, blocks = (sum(column) for column in zip(*totals, strict=True))
+    accepted, blocks = sum(a for a, _ in totals), sum(n for _, n in totals)
     if len(walks) < 2 or not blocks:
         return 0.0
     squares = math.fsum((a - accepted / blocks * n) ** 2 for a, n in totals)
