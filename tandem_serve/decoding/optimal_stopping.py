@@ -66,9 +66,11 @@ class _Class:
 
     tokens: float = 0.0
     seconds: float = 0.0
+    company: float = 0.0  # seconds times sequences in a step
     accepted: float = 0.0
     rejected: float = 0.0  # rounds that ended with a wrong draft
     turn: float = 0.0  # rounds planned, of all sequences together
+    num_running: int = 1  # as the last plan was told
     num_rounds: int = 0
     knows_costs: bool = False
     rests: bool = False  # the primary alone is faster
@@ -77,7 +79,7 @@ class _Class:
 
     def doubt(self) -> None:
         """Most of what is known of the rate is forgotten: rounds so far knew no costs, those to come do."""
-        self.tokens, self.seconds = self.tokens / 8, self.seconds / 8
+        self.tokens, self.seconds, self.company = self.tokens / 8, self.seconds / 8, self.company / 8
         self.knows_costs = True
 
     def add(self, num_drafts: int, num_accepted: int, seconds: float) -> None:
@@ -85,6 +87,7 @@ class _Class:
         self.num_rounds += 1
         self.tokens = decay * self.tokens + num_accepted + 1
         self.seconds = decay * self.seconds + seconds
+        self.company = decay * self.company + seconds * self.num_running
         self.accepted = decay * self.accepted + num_accepted
         self.rejected = decay * self.rejected + (num_accepted < num_drafts)
 
@@ -99,6 +102,11 @@ class _Class:
     def rate(self) -> float:
         """Tokens a second of one sequence."""
         return self.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def batch(self) -> float:
+        """Sequences in a step, when that rate was measured."""
+        return self.company / max(self.seconds, 1e-9)
 
     @property
     def acceptance(self) -> float:
@@ -123,6 +131,7 @@ class OptimalStopping:
     def plan(self, request: GenerationRequest, longest: int, num_requests_running: int) -> BlockPlan:
         """The next round of a request: `longest` drafts at most."""
         kind = self._class_of(request)
+        kind.num_running = num_requests_running
         # Planned one by one, but all rest together: beside sequences that rest, drafts are only waited for.
         kind.turn += 1 / max(num_requests_running, 1)
         first = MIN_ROUNDS * num_requests_running
@@ -130,7 +139,7 @@ class OptimalStopping:
             return BlockPlan(min(longest, FIRST_LENGTH), StoppingRule(PolicyName.OPTIMAL))
         if not kind.knows_costs:
             kind.doubt()
-        alone_s = self._alone_s(num_requests_running)
+        alone_s = self._alone_s(kind.batch)  # of as many as the rate is of: the last ones of a batch would rest else
         may_rest = alone_s > 0 and kind.num_rounds >= 2 * first
         rested = kind.rests
         kind.rests = may_rest and kind.rate * alone_s < (1.0 if rested else 0.9)
@@ -153,7 +162,7 @@ class OptimalStopping:
         self.undrafted.add(outcome.num_draft_steps, max(outcome.seconds - outcome.draft_s, 0.0))
         self._class_of(request).add(outcome.num_drafts, outcome.num_accepted, outcome.seconds)
 
-    def _alone_s(self, num_requests_running: int) -> float:
+    def _alone_s(self, num_requests_running: float) -> float:
         """A round without drafts: its step, and what a round takes beside step and drafts. 0: not known."""
         step_s = self.verifying.at(num_requests_running)
         return step_s and step_s + max(self.undrafted.mean - self.verifying.mean, 0.0)

@@ -122,3 +122,15 @@ def test_classes_do_not_sway_each_other() -> None:
     simulation = Simulation(0.05, 0.002, 0.002)
     simulation.run(100)
     assert simulation.policy.plan(a_request(sampling=SAMPLED), 16, 1).stopping == StoppingRule(PolicyName.OPTIMAL)
+
+
+def test_the_last_sequence_of_a_batch_does_not_rest_because_its_rate_was_that_of_many() -> None:
+    policy, request = OptimalStopping(), a_request()
+    for turn in range(10 * MIN_ROUNDS):
+        assert all(policy.plan(request, 16, 8).block_length for _ in range(8))
+        length = 3 + turn % 3  # all but one of them right
+        verifying = 0.004 + 0.0004 * 8 * (1 + length)
+        policy.observe_step(8 * (1 + length), verifying)
+        for _ in range(8):
+            policy.observe_round(request, Round(length, length - 1, length, 0.002, 0.002 + verifying))
+    assert policy.plan(request, 16, 1).block_length
