@@ -65,7 +65,7 @@ class CostRecorder:
         num_drafts = outcome.num_drafts
         if not num_drafts:
             return
-        _observe(self._draft, max(outcome.num_draft_steps, num_drafts), outcome.draft_s)
+        _observe(self._draft, max(outcome.step.num_draft_steps, num_drafts), outcome.draft_s)
         for counts in (self._tried, self._right):
             counts.extend([0.0] * (num_drafts - len(counts)))
         for place in range(min(outcome.num_accepted + 1, num_drafts)):

@@ -17,12 +17,19 @@ class BlockPlan(NamedTuple):
     stopping: StoppingRule | None = None
 
 
+class StepSize(NamedTuple):
+    """All that one step of the primary has verified."""
+
+    num_draft_steps: int  # drafts of the longest block: the others were most likely made along with it
+    num_tokens: int  # of all sequences
+
+
 class Round(NamedTuple):
     """How a sequence's round with drafts went, from one verification to the next."""
 
     num_drafts: int  # that came: fewer than planned where a stopping rule, or the text, ended the block
     num_accepted: int
-    num_draft_steps: int  # drafts of the longest block that was verified, and so most likely made, along with it
+    step: StepSize  # that verified it
     draft_s: float  # from asking to having them
     seconds: float  # all of the round
 

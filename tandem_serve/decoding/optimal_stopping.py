@@ -121,9 +121,9 @@ class OptimalStopping:
     Greedy and sampled requests are classes of their own: drafts are right more often in one than in the other.
     """
 
-    # Whole rounds over the drafts of the longest block in them. Making and verifying a draft, timed alone, miss a third
-    # of what it costs on a small machine: caches that it empties, threads that it wakes.
-    rounds: LinearCost = field(default_factory=lambda: LinearCost(decay=0.995))
+    # Whole rounds, less what their tokens took to verify, over the drafts of the longest block in them. Drafting, timed
+    # alone, misses a third of what it costs on a small machine: caches that it empties, threads that it wakes.
+    drafting: LinearCost = field(default_factory=lambda: LinearCost(decay=0.995))
     verifying: LinearCost = field(default_factory=LinearCost)  # over all tokens of an engine step
     undrafted: LinearCost = field(default_factory=LinearCost)  # rounds less their drafts: steps, and all else
     _classes: dict[bool, _Class] = field(default_factory=dict)
@@ -148,7 +148,7 @@ class OptimalStopping:
         if kind.rests and not kind.is_probe():
             return BlockPlan(0)
         checking = kind.rate * self.verifying.slope * num_requests_running
-        drafting = kind.rate * max(self.rounds.slope - self.verifying.slope, 0.0)
+        drafting = kind.rate * self.drafting.slope
         threshold = (drafting + checking) / kind.acceptance
         return BlockPlan(longest, StoppingRule(PolicyName.OPTIMAL, min(threshold, 1.0), min(checking, 1.0)))
 
@@ -158,8 +158,9 @@ class OptimalStopping:
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy. Of rounds that drafted: one whose block came empty is one, too."""
-        self.rounds.add(outcome.num_draft_steps, outcome.seconds)
-        self.undrafted.add(outcome.num_draft_steps, max(outcome.seconds - outcome.draft_s, 0.0))
+        verifying_s = self.verifying.slope * outcome.step.num_tokens
+        self.drafting.add(outcome.step.num_draft_steps, max(outcome.seconds - verifying_s, 0.0))
+        self.undrafted.add(outcome.step.num_draft_steps, max(outcome.seconds - outcome.draft_s, 0.0))
         self._class_of(request).add(outcome.num_drafts, outcome.num_accepted, outcome.seconds)
 
     def _alone_s(self, num_requests_running: float) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tandem_serve.config import PrimaryEngineConfig
-from tandem_serve.decoding.block_policy import LearningPolicy, Round
+from tandem_serve.decoding.block_policy import LearningPolicy, Round, StepSize
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.engine.choosing import TokenChooser, Verified, token_logprobs
 from tandem_serve.engine.drafter_links import DrafterLinks
@@ -351,27 +351,24 @@ class TorchPrimary:
             states: Iterable[Tensor | None] = [None] * len(runs)
         else:
             states = output.taps.split([len(run.token_ids) for run in runs])
-        longest = max(len(run.draft_token_ids) for run in runs)
+        size = StepSize(max(len(run.draft_token_ids) for run in runs), sum(len(run.token_ids) for run in runs))
         for run, run_states, outcome, run_logits in zip(runs, states, outcomes, logits, strict=True):
             num_verified = len(run.token_ids) - len(run.draft_token_ids) + outcome.num_accepted_tokens
             run.sequence.num_computed += num_verified
             self._drafting.record(run.sequence, taps, run_states, num_verified)
             if run.num_logits:
-                self._advance(run, outcome, run_logits, longest)
+                self._advance(run, outcome, run_logits, size)
             if run.sequence.num_computed <= run.sequence.num_prompt_tokens:
                 self.metrics.prompt_tokens.inc(num_verified)
 
-    def _advance(self, run: Run, outcome: Verified, logits: Tensor, longest: int) -> None:
-        """Adds what a run has yielded to its sequence. logits [G + 1, V] are those that chose it.
-
-        `longest`: block of the step, whose drafts were most likely made together.
-        """
+    def _advance(self, run: Run, outcome: Verified, logits: Tensor, size: StepSize) -> None:
+        """Adds what a run has yielded to its sequence. logits [G + 1, V] are those that chose it."""
         sequence, num_drafts, num_accepted = run.sequence, len(run.draft_token_ids), outcome.num_accepted_tokens
         spec = sequence.speculation
         draft_s = None if spec is None or sequence.is_standalone else spec.draft_s
         if draft_s is not None and sequence.last_token_at_s is not None:
             seconds = self._clock() - sequence.last_token_at_s
-            self._policy.observe_round(sequence.request, Round(num_drafts, num_accepted, longest, draft_s, seconds))
+            self._policy.observe_round(sequence.request, Round(num_drafts, num_accepted, size, draft_s, seconds))
         self._grow(sequence, outcome.token_ids, num_accepted, num_drafts, logits)
 
     def _grow(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem_serve.decoding.block_policy import BlockPlan, Round
+from tandem_serve.decoding.block_policy import BlockPlan, Round, StepSize
 from tandem_serve.decoding.optimal_stopping import (
     FIRST_LENGTH,
     MIN_ROUNDS,
@@ -62,7 +62,8 @@ class Simulation:
             drafting, verifying = self.draft_s * length, 0.004 + self.verify_s * (length + 1)
             self.policy.observe_step(length + 1, verifying)
             if length:
-                self.policy.observe_round(self.request, Round(length, accepted, length, drafting, drafting + verifying))
+                size = StepSize(length, length + 1)
+                self.policy.observe_round(self.request, Round(length, accepted, size, drafting, drafting + verifying))
         return plans
 
 
@@ -132,5 +133,6 @@ def test_the_last_sequence_of_a_batch_does_not_rest_because_its_rate_was_that_of
         verifying = 0.004 + 0.0004 * 8 * (1 + length)
         policy.observe_step(8 * (1 + length), verifying)
         for _ in range(8):
-            policy.observe_round(request, Round(length, length - 1, length, 0.002, 0.002 + verifying))
+            size = StepSize(length, 8 * (1 + length))
+            policy.observe_round(request, Round(length, length - 1, size, 0.002, 0.002 + verifying))
     assert policy.plan(request, 16, 1).block_length

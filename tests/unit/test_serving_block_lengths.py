@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tandem_serve.config import PrimaryEngineConfig, SpeculationConfig
-from tandem_serve.decoding.block_policy import Round
+from tandem_serve.decoding.block_policy import Round, StepSize
 from tandem_serve.decoding.directed_policy import DirectedPolicy
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.errors import Unavailable
@@ -32,7 +32,7 @@ class Measuring(ScriptedPrimary):
         for _ in range(rounds):
             self.policy.observe_step(1, 0.01)
             self.policy.observe_step(5, 0.01)
-            self.policy.observe_round(REQUEST, Round(4, 4, 4, draft_s, draft_s + 0.01))
+            self.policy.observe_round(REQUEST, Round(4, 4, StepSize(4, 5), draft_s, draft_s + 0.01))
 
     async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
         if self.error_when_directed is not None:
