@@ -19,6 +19,7 @@ FIRST_LENGTH = 4  # drafts until then, at most
 # While drafts do not pay: of so many rounds, so many draft all the same. The first rests are shorter, each twice the
 # last: what a few rounds of one text have shown should not hold for long.
 REST_ROUNDS, PROBE_ROUNDS, FIRST_REST = 64, 4, 8
+LOOK_ROUNDS = 128  # while drafts do pay, one round in so many goes without: how fast the primary alone is
 _LARGEST_SURPRISE = 3.0  # a time is taken for at most so many times the expected: a pause of the machine is no cost
 
 
@@ -37,6 +38,11 @@ class LinearCost:
         self._weight = d * self._weight + 1
         self._x, self._y = d * self._x + size, d * self._y + seconds
         self._xx, self._xy = d * self._xx + size * size, d * self._xy + size * seconds
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything has been measured."""
+        return self._weight > 0
 
     @property
     def slope(self) -> float:
@@ -70,7 +76,6 @@ class _Class:
     accepted: float = 0.0
     rejected: float = 0.0  # rounds that ended with a wrong draft
     turn: float = 0.0  # rounds planned, of all sequences together
-    num_running: int = 1  # as the last plan was told
     num_rounds: int = 0
     knows_costs: bool = False
     rests: bool = False  # the primary alone is faster
@@ -82,12 +87,12 @@ class _Class:
         self.tokens, self.seconds, self.company = self.tokens / 8, self.seconds / 8, self.company / 8
         self.knows_costs = True
 
-    def add(self, num_drafts: int, num_accepted: int, seconds: float) -> None:
+    def add(self, num_drafts: int, num_accepted: int, seconds: float, num_running: int) -> None:
         decay = 0.99
         self.num_rounds += 1
         self.tokens = decay * self.tokens + num_accepted + 1
         self.seconds = decay * self.seconds + seconds
-        self.company = decay * self.company + seconds * self.num_running
+        self.company = decay * self.company + seconds * num_running
         self.accepted = decay * self.accepted + num_accepted
         self.rejected = decay * self.rejected + (num_accepted < num_drafts)
 
@@ -124,14 +129,17 @@ class OptimalStopping:
     # Whole rounds, less what their tokens took to verify, over the drafts of the longest block in them. Drafting, timed
     # alone, misses a third of what it costs on a small machine: caches that it empties, threads that it wakes.
     drafting: LinearCost = field(default_factory=lambda: LinearCost(decay=0.995))
-    verifying: LinearCost = field(default_factory=LinearCost)  # over all tokens of an engine step
+    # Steps over all their tokens. Those without drafts apart: a second row of a sequence often costs more than a third.
+    verifying: LinearCost = field(default_factory=LinearCost)
+    alone: LinearCost = field(default_factory=LinearCost)
     undrafted: LinearCost = field(default_factory=LinearCost)  # rounds less their drafts: steps, and all else
+    _num_running: int = 1  # as the last plan was told
     _classes: dict[bool, _Class] = field(default_factory=dict)
 
     def plan(self, request: GenerationRequest, longest: int, num_requests_running: int) -> BlockPlan:
         """The next round of a request: `longest` drafts at most."""
         kind = self._class_of(request)
-        kind.num_running = num_requests_running
+        self._num_running = num_requests_running
         # Planned one by one, but all rest together: beside sequences that rest, drafts are only waited for.
         kind.turn += 1 / max(num_requests_running, 1)
         first = MIN_ROUNDS * num_requests_running
@@ -145,7 +153,8 @@ class OptimalStopping:
         kind.rests = may_rest and kind.rate * alone_s < (1.0 if rested else 0.9)
         if kind.rests and not rested:
             kind.rest_length, kind.rest_until = FIRST_REST, kind.turn + FIRST_REST
-        if kind.rests and not kind.is_probe():
+        looks = may_rest and not kind.rests and (not self.alone.is_known or kind.turn % LOOK_ROUNDS < 1)
+        if looks or (kind.rests and not kind.is_probe()):
             return BlockPlan(0)
         checking = kind.rate * self.verifying.slope * num_requests_running
         drafting = kind.rate * self.drafting.slope
@@ -154,18 +163,19 @@ class OptimalStopping:
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """See LearningPolicy."""
-        self.verifying.add(num_tokens, seconds)
+        has_drafts = num_tokens > self._num_running
+        (self.verifying if has_drafts else self.alone).add(num_tokens, seconds)
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy. Of rounds that drafted: one whose block came empty is one, too."""
         verifying_s = self.verifying.slope * outcome.step.num_tokens
         self.drafting.add(outcome.step.num_draft_steps, max(outcome.seconds - verifying_s, 0.0))
         self.undrafted.add(outcome.step.num_draft_steps, max(outcome.seconds - outcome.draft_s, 0.0))
-        self._class_of(request).add(outcome.num_drafts, outcome.num_accepted, outcome.seconds)
+        self._class_of(request).add(outcome.num_drafts, outcome.num_accepted, outcome.seconds, self._num_running)
 
     def _alone_s(self, num_requests_running: float) -> float:
         """A round without drafts: its step, and what a round takes beside step and drafts. 0: not known."""
-        step_s = self.verifying.at(num_requests_running)
+        step_s = self.alone.at(num_requests_running) or self.verifying.at(num_requests_running)
         return step_s and step_s + max(self.undrafted.mean - self.verifying.mean, 0.0)
 
     def _class_of(self, request: GenerationRequest) -> _Class:
