@@ -40,11 +40,6 @@ class LinearCost:
         self._xx, self._xy = d * self._xx + size * size, d * self._xy + size * seconds
 
     @property
-    def is_known(self) -> bool:
-        """Whether anything has been measured."""
-        return self._weight > 0
-
-    @property
     def slope(self) -> float:
         """Seconds for each more; a share of the mean as long as all sizes have been alike."""
         if not self._weight:
@@ -81,6 +76,7 @@ class _Class:
     rests: bool = False  # the primary alone is faster
     rest_length: float = 0.0
     rest_until: float = 0.0  # a turn: PROBE_ROUNDS from then on draft
+    next_look: float | None = None  # a turn without drafts; None: the first that may be
 
     def doubt(self) -> None:
         """Most of what is known of the rate is forgotten: rounds so far knew no costs, those to come do."""
@@ -102,6 +98,14 @@ class _Class:
             self.rest_length = min(2 * self.rest_length, REST_ROUNDS - PROBE_ROUNDS)
             self.rest_until = self.turn + self.rest_length
         return self.turn >= self.rest_until
+
+    def is_look(self) -> bool:
+        """Whether a class that drafts goes without in this turn. Beside others' drafts it may see nothing: one turn."""
+        if self.next_look is None:
+            self.next_look = self.turn
+        elif self.turn >= self.next_look + 1:
+            self.next_look = self.turn + LOOK_ROUNDS
+        return self.turn >= self.next_look
 
     @property
     def rate(self) -> float:
@@ -153,8 +157,7 @@ class OptimalStopping:
         kind.rests = may_rest and kind.rate * alone_s < (1.0 if rested else 0.9)
         if kind.rests and not rested:
             kind.rest_length, kind.rest_until = FIRST_REST, kind.turn + FIRST_REST
-        looks = may_rest and not kind.rests and (not self.alone.is_known or kind.turn % LOOK_ROUNDS < 1)
-        if looks or (kind.rests and not kind.is_probe()):
+        if may_rest and (not kind.is_probe() if kind.rests else kind.is_look()):
             return BlockPlan(0)
         checking = kind.rate * self.verifying.slope * num_requests_running
         drafting = kind.rate * self.drafting.slope

@@ -151,3 +151,14 @@ def test_a_second_row_that_costs_more_than_a_third_does_not_end_blocks() -> None
     for _ in range(50):
         simulation.policy.observe_step(1, 0.003)
     assert simulation.policy.plan(simulation.request, 16, 1) == as_measured
+
+
+def test_where_others_draft_in_every_step_looking_ends_all_the_same() -> None:
+    simulation = Simulation(0.8, 0.0003, 0.0002)
+    plans = []
+    for _ in range(3 * LOOK_ROUNDS):
+        plans.append(simulation.policy.plan(simulation.request, 16, 2))
+        simulation.policy.observe_step(12, 0.006)  # another's block beside it, whatever this one does
+        if length := min(plans[-1].block_length, 4):
+            simulation.policy.observe_round(simulation.request, Round(length, 3, StepSize(length, 12), 0.001, 0.007))
+    assert 1 <= sum(plan.block_length == 0 for plan in plans) <= 8
