@@ -20,7 +20,7 @@ PUBLIC_NAMES = {
         "CheckpointError ConfigError DeadlineExceeded InvalidRequest ModelMismatch Overloaded PermissionDenied "
         "RequestAborted TandemError Unauthenticated Unavailable"
     ),
-    "tandem_serve.decoding.block_policy": "BlockPlan BlockPolicy LearningPolicy Round",
+    "tandem_serve.decoding.block_policy": "BlockPlan BlockPolicy LearningPolicy Round StepSize",
     "tandem_serve.decoding.sampling": "Choice SamplingRows choose_token_ids filtered_scores gumbel_noise",
     "tandem_serve.decoding.stopping": "StopStrings",
     "tandem_serve.decoding.verify": "Verdict accept_prefix",
