@@ -18,10 +18,11 @@ class BlockPlan(NamedTuple):
 
 
 class StepSize(NamedTuple):
-    """All that one step of the primary has verified."""
+    """All that one step of the primary ran."""
 
     num_draft_steps: int  # drafts of the longest block: the others were most likely made along with it
     num_tokens: int  # of all sequences
+    has_prompts: bool  # some of them: then its time says nothing of decoding
 
 
 class Round(NamedTuple):

@@ -19,7 +19,6 @@ FIRST_LENGTH = 4  # drafts until then, at most
 # While drafts do not pay: of so many rounds, so many draft all the same. The first rests are shorter, each twice the
 # last: what a few rounds of one text have shown should not hold for long.
 REST_ROUNDS, PROBE_ROUNDS, FIRST_REST = 64, 4, 8
-LOOK_ROUNDS = 128  # while drafts do pay, one round in so many goes without: how fast the primary alone is
 _LARGEST_SURPRISE = 3.0  # a time is taken for at most so many times the expected: a pause of the machine is no cost
 
 
@@ -71,24 +70,24 @@ class _Class:
     accepted: float = 0.0
     rejected: float = 0.0  # rounds that ended with a wrong draft
     turn: float = 0.0  # rounds planned, of all sequences together
+    num_running: int = 1  # as the last plan was told
     num_rounds: int = 0
     knows_costs: bool = False
     rests: bool = False  # the primary alone is faster
     rest_length: float = 0.0
     rest_until: float = 0.0  # a turn: PROBE_ROUNDS from then on draft
-    next_look: float | None = None  # a turn without drafts; None: the first that may be
 
     def doubt(self) -> None:
         """Most of what is known of the rate is forgotten: rounds so far knew no costs, those to come do."""
         self.tokens, self.seconds, self.company = self.tokens / 8, self.seconds / 8, self.company / 8
         self.knows_costs = True
 
-    def add(self, num_drafts: int, num_accepted: int, seconds: float, num_running: int) -> None:
+    def add(self, num_drafts: int, num_accepted: int, seconds: float) -> None:
         decay = 0.99
         self.num_rounds += 1
         self.tokens = decay * self.tokens + num_accepted + 1
         self.seconds = decay * self.seconds + seconds
-        self.company = decay * self.company + seconds * num_running
+        self.company = decay * self.company + seconds * self.num_running
         self.accepted = decay * self.accepted + num_accepted
         self.rejected = decay * self.rejected + (num_accepted < num_drafts)
 
@@ -98,14 +97,6 @@ class _Class:
             self.rest_length = min(2 * self.rest_length, REST_ROUNDS - PROBE_ROUNDS)
             self.rest_until = self.turn + self.rest_length
         return self.turn >= self.rest_until
-
-    def is_look(self) -> bool:
-        """Whether a class that drafts goes without in this turn. Beside others' drafts it may see nothing: one turn."""
-        if self.next_look is None:
-            self.next_look = self.turn
-        elif self.turn >= self.next_look + 1:
-            self.next_look = self.turn + LOOK_ROUNDS
-        return self.turn >= self.next_look
 
     @property
     def rate(self) -> float:
@@ -133,17 +124,14 @@ class OptimalStopping:
     # Whole rounds, less what their tokens took to verify, over the drafts of the longest block in them. Drafting, timed
     # alone, misses a third of what it costs on a small machine: caches that it empties, threads that it wakes.
     drafting: LinearCost = field(default_factory=lambda: LinearCost(decay=0.995))
-    # Steps over all their tokens. Those without drafts apart: a second row of a sequence often costs more than a third.
-    verifying: LinearCost = field(default_factory=LinearCost)
-    alone: LinearCost = field(default_factory=LinearCost)
+    verifying: LinearCost = field(default_factory=LinearCost)  # over all tokens of an engine step
     undrafted: LinearCost = field(default_factory=LinearCost)  # rounds less their drafts: steps, and all else
-    _num_running: int = 1  # as the last plan was told
     _classes: dict[bool, _Class] = field(default_factory=dict)
 
     def plan(self, request: GenerationRequest, longest: int, num_requests_running: int) -> BlockPlan:
         """The next round of a request: `longest` drafts at most."""
         kind = self._class_of(request)
-        self._num_running = num_requests_running
+        kind.num_running = num_requests_running
         # Planned one by one, but all rest together: beside sequences that rest, drafts are only waited for.
         kind.turn += 1 / max(num_requests_running, 1)
         first = MIN_ROUNDS * num_requests_running
@@ -157,7 +145,7 @@ class OptimalStopping:
         kind.rests = may_rest and kind.rate * alone_s < (1.0 if rested else 0.9)
         if kind.rests and not rested:
             kind.rest_length, kind.rest_until = FIRST_REST, kind.turn + FIRST_REST
-        if may_rest and (not kind.is_probe() if kind.rests else kind.is_look()):
+        if kind.rests and not kind.is_probe():
             return BlockPlan(0)
         checking = kind.rate * self.verifying.slope * num_requests_running
         drafting = kind.rate * self.drafting.slope
@@ -166,19 +154,19 @@ class OptimalStopping:
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """See LearningPolicy."""
-        has_drafts = num_tokens > self._num_running
-        (self.verifying if has_drafts else self.alone).add(num_tokens, seconds)
+        self.verifying.add(num_tokens, seconds)
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy. Of rounds that drafted: one whose block came empty is one, too."""
-        verifying_s = self.verifying.slope * outcome.step.num_tokens
-        self.drafting.add(outcome.step.num_draft_steps, max(outcome.seconds - verifying_s, 0.0))
-        self.undrafted.add(outcome.step.num_draft_steps, max(outcome.seconds - outcome.draft_s, 0.0))
-        self._class_of(request).add(outcome.num_drafts, outcome.num_accepted, outcome.seconds, self._num_running)
+        if not outcome.step.has_prompts:
+            verifying_s = self.verifying.slope * outcome.step.num_tokens
+            self.drafting.add(outcome.step.num_draft_steps, max(outcome.seconds - verifying_s, 0.0))
+            self.undrafted.add(outcome.step.num_draft_steps, max(outcome.seconds - outcome.draft_s, 0.0))
+        self._class_of(request).add(outcome.num_drafts, outcome.num_accepted, outcome.seconds)
 
     def _alone_s(self, num_requests_running: float) -> float:
         """A round without drafts: its step, and what a round takes beside step and drafts. 0: not known."""
-        step_s = self.alone.at(num_requests_running) or self.verifying.at(num_requests_running)
+        step_s = self.verifying.at(num_requests_running)
         return step_s and step_s + max(self.undrafted.mean - self.verifying.mean, 0.0)
 
     def _class_of(self, request: GenerationRequest) -> _Class:

@@ -196,8 +196,8 @@ class TorchPrimary:
         )
         started = self._clock()
         has_run = bool(runs) and self._run_or_fail(runs)
-        if has_run and all(len(run.token_ids) == run.num_logits for run in runs):  # no prompts
-            self._policy.observe_step(sum(len(run.token_ids) for run in runs), self._clock() - started)
+        if has_run and not (size := _step_size(runs)).has_prompts:
+            self._policy.observe_step(size.num_tokens, self._clock() - started)
         if runs:
             elapsed = self._clock() - now
             self.metrics.step_time.observe(elapsed)
@@ -351,7 +351,7 @@ class TorchPrimary:
             states: Iterable[Tensor | None] = [None] * len(runs)
         else:
             states = output.taps.split([len(run.token_ids) for run in runs])
-        size = StepSize(max(len(run.draft_token_ids) for run in runs), sum(len(run.token_ids) for run in runs))
+        size = _step_size(runs)
         for run, run_states, outcome, run_logits in zip(runs, states, outcomes, logits, strict=True):
             num_verified = len(run.token_ids) - len(run.draft_token_ids) + outcome.num_accepted_tokens
             run.sequence.num_computed += num_verified
@@ -395,6 +395,14 @@ class TorchPrimary:
                 finish_reason=finish_reason,
             ),
         )
+
+
+def _step_size(runs: Collection[Run]) -> StepSize:
+    return StepSize(
+        num_draft_steps=max(len(run.draft_token_ids) for run in runs),
+        num_tokens=sum(len(run.token_ids) for run in runs),
+        has_prompts=any(len(run.token_ids) > run.num_logits for run in runs),
+    )
 
 
 def _kv(sequence: Sequence) -> KvBuffer:

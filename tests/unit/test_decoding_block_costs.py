@@ -56,7 +56,7 @@ class World:
                 accepted = next((n for n in range(length) if self.rng.random() >= self.acceptance), length)
                 tokens += 1 + accepted
                 if length:
-                    size = StepSize(longest, batch + sum(lengths))
+                    size = StepSize(longest, batch + sum(lengths), has_prompts=False)
                     policy.observe_round(
                         REQUEST, Round(length, accepted, size, draft_s * self._noise(), draft_s + step_s)
                     )
@@ -126,7 +126,7 @@ def test_nothing_is_concluded_from_little() -> None:
     assert best_block_lengths([recorder.costs()], 4, 8) is None
     assert best_block_lengths([], 4, 8) is None
     recorder.observe_step(1, 0.1)
-    recorder.observe_round(Round(2, 1, StepSize(2, 3), 0.1, 0.2))
+    recorder.observe_round(Round(2, 1, StepSize(2, 3, has_prompts=False), 0.1, 0.2))
     assert best_block_lengths([recorder.costs()], 4, 8) is None
 
 
@@ -135,7 +135,7 @@ def test_what_several_primaries_measured_counts_together() -> None:
     for _ in range(8):
         recorders[0].observe_step(1, 0.01)
         recorders[0].observe_step(6, 0.01)
-        recorders[1].observe_round(Round(5, 5, StepSize(5, 6), 0.001, 0.011))
+        recorders[1].observe_round(Round(5, 5, StepSize(5, 6, has_prompts=False), 0.001, 0.011))
     assert best_block_lengths([recorders[0].costs()], 8, 1) is None
     both = best_block_lengths([recorder.costs() for recorder in recorders], 8, 1)
     assert both is not None

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tandem_serve.decoding.block_policy import BlockPlan, Round, StepSize
 from tandem_serve.decoding.optimal_stopping import (
     FIRST_LENGTH,
-    LOOK_ROUNDS,
     MIN_ROUNDS,
     PROBE_ROUNDS,
     REST_ROUNDS,
@@ -63,7 +62,7 @@ class Simulation:
             drafting, verifying = self.draft_s * length, 0.004 + self.verify_s * (length + 1)
             self.policy.observe_step(length + 1, verifying)
             if length:
-                size = StepSize(length, length + 1)
+                size = StepSize(length, length + 1, has_prompts=False)
                 self.policy.observe_round(self.request, Round(length, accepted, size, drafting, drafting + verifying))
         return plans
 
@@ -108,7 +107,7 @@ def test_where_drafts_do_not_pay_there_are_a_few_and_they_come_back() -> None:
     assert sum(plan.block_length > 0 for plan in resting) == 2 * PROBE_ROUNDS
     simulation.right, simulation.draft_s, simulation.verify_s = 0.95, 0.0001, 0.0001
     simulation.run(20 * REST_ROUNDS)
-    assert sum(plan.block_length == 0 for plan in simulation.run(50)) <= 1  # a look at how fast the primary alone is
+    assert all(plan.block_length > 0 for plan in simulation.run(50))
 
 
 def test_what_the_first_rounds_have_shown_does_not_hold_for_long() -> None:
@@ -128,37 +127,12 @@ def test_classes_do_not_sway_each_other() -> None:
 
 def test_the_last_sequence_of_a_batch_does_not_rest_because_its_rate_was_that_of_many() -> None:
     policy, request = OptimalStopping(), a_request()
-    num_without = 0
     for turn in range(10 * MIN_ROUNDS):
-        plans = [policy.plan(request, 16, 8) for _ in range(8)]
-        num_without += sum(plan.block_length == 0 for plan in plans)
+        assert all(policy.plan(request, 16, 8).block_length for _ in range(8))
         length = 3 + turn % 3  # all but one of them right
         verifying = 0.004 + 0.0004 * 8 * (1 + length)
         policy.observe_step(8 * (1 + length), verifying)
         for _ in range(8):
-            size = StepSize(length, 8 * (1 + length))
+            size = StepSize(length, 8 * (1 + length), has_prompts=False)
             policy.observe_round(request, Round(length, length - 1, size, 0.002, 0.002 + verifying))
-        if not all(plan.block_length for plan in plans):
-            policy.observe_step(8, 0.004 + 0.0004 * 8)
-    assert num_without == 8  # one look at how fast the primary alone is
-    assert all(policy.plan(request, 16, 1).block_length for _ in range(LOOK_ROUNDS // 4))
-
-
-def test_a_second_row_that_costs_more_than_a_third_does_not_end_blocks() -> None:
-    simulation = Simulation(0.8, 0.0004, 0.0002)
-    simulation.run(400)
-    as_measured = simulation.policy.plan(simulation.request, 16, 1)
-    for _ in range(50):
-        simulation.policy.observe_step(1, 0.003)
-    assert simulation.policy.plan(simulation.request, 16, 1) == as_measured
-
-
-def test_where_others_draft_in_every_step_looking_ends_all_the_same() -> None:
-    simulation = Simulation(0.8, 0.0003, 0.0002)
-    plans = []
-    for _ in range(3 * LOOK_ROUNDS):
-        plans.append(simulation.policy.plan(simulation.request, 16, 2))
-        simulation.policy.observe_step(12, 0.006)  # another's block beside it, whatever this one does
-        if length := min(plans[-1].block_length, 4):
-            simulation.policy.observe_round(simulation.request, Round(length, 3, StepSize(length, 12), 0.001, 0.007))
-    assert 1 <= sum(plan.block_length == 0 for plan in plans) <= 8
+    assert policy.plan(request, 16, 1).block_length

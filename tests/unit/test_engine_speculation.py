@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem_serve.config import PrimaryEngineConfig
+from tandem_serve.decoding.block_policy import Round, StepSize
+from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
 from tandem_serve.engine.local_link import local_link_factory
 from tandem_serve.engine.torch_primary import TorchPrimary
@@ -246,6 +248,38 @@ def test_representations_are_the_primarys_taps() -> None:
         assert link.info is not None
         expected = decoder(tokens, positions, causal_attention(CONFIG, len(states)), link.info.taps).taps
     torch.testing.assert_close(states, torch.stack([tap[0] for tap in expected], 1), rtol=1e-4, atol=1e-4)
+
+
+class RecordingPolicy(RequestedPolicy):
+    """Keeps what the engine tells."""
+
+    def __init__(self) -> None:
+        super().__init__(default=2)
+        self.steps: list[int] = []
+        self.rounds: list[Round] = []
+
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        self.steps.append(num_tokens)
+
+    def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
+        self.rounds.append(outcome)
+
+
+def test_a_policy_is_told_what_else_the_step_ran_that_verified_a_round() -> None:
+    policy = RecordingPolicy()
+    engine = local_engine("tandem", PrimaryEngineConfig(max_num_batched_tokens=64), policy=policy)
+    engine.submit(a_request("a", range(3, 12), 24), Output())
+    engine.submit(a_request("b", range(5, 16), 24), Output())
+    for _ in range(4):
+        engine.step()
+    together = policy.rounds[-1].step
+    assert together == StepSize(num_draft_steps=2, num_tokens=6, has_prompts=False)
+    num_steps = len(policy.steps)
+    engine.submit(a_request("c", range(4, 44), 4), Output())
+    engine.step()
+    beside_prompt = policy.rounds[-1].step
+    assert beside_prompt == StepSize(num_draft_steps=2, num_tokens=6 + 40, has_prompts=True)
+    assert len(policy.steps) == num_steps  # its time is not one of decoding
 
 
 def test_prompt_chunks_are_streamed_while_prefill_goes_on() -> None:

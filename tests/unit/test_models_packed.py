@@ -81,6 +81,12 @@ def test_products(small: int, num_rows: int, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(add_product(x, a, ours), x + a @ matrix, atol=1e-5, rtol=1e-5)
 
 
+def test_small_matrices_stay_with_mkl_on_its_makers_processors() -> None:
+    is_intel = packed._is_intel()
+    assert isinstance(pack(torch.zeros(256, 512)), Tensor if is_intel else packed.Packed)
+    assert isinstance(pack(torch.zeros(1024, 2048)), packed.Packed)
+
+
 def test_bfloat16_is_packed_where_the_processor_multiplies_it() -> None:
     token_ids = torch.arange(6)[None]
     plain, ours = decoder("llama", torch.bfloat16), decoder("llama", torch.bfloat16).pack()

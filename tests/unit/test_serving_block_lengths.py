@@ -32,7 +32,7 @@ class Measuring(ScriptedPrimary):
         for _ in range(rounds):
             self.policy.observe_step(1, 0.01)
             self.policy.observe_step(5, 0.01)
-            self.policy.observe_round(REQUEST, Round(4, 4, StepSize(4, 5), draft_s, draft_s + 0.01))
+            self.policy.observe_round(REQUEST, Round(4, 4, StepSize(4, 5, has_prompts=False), draft_s, draft_s + 0.01))
 
     async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
         if self.error_when_directed is not None:
