@@ -185,8 +185,7 @@ def _walk(accepted: Sequence[int], start: int, block_length: int) -> list[_Block
 
 
 def _standard_error(walks: Sequence[Sequence[_Block]]) -> float:
-    """Of accepted drafts a block, a ratio of sums over responses: how far as many other ones to prompts
-    from the same documents would be off.
+    """Of accepted drafts a block, a ratio of sums: how far as many other responses, to prompts alike, would be off.
 
     Responses, not blocks, are what was drawn: blocks of one text are alike.
     """
