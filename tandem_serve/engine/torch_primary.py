@@ -194,14 +194,15 @@ class TorchPrimary:
         runs = self._scheduler.select(
             lambda s: not s.num_unverified and self._drafting.is_ready(s, now), self._drafting.take_drafts
         )
-        started = self._clock()
-        has_run = bool(runs) and self._run_or_fail(runs)
-        if has_run and not (size := _step_size(runs)).has_prompts:
-            self._policy.observe_step(size.num_tokens, self._clock() - started)
+        has_run = False
         if runs:
+            size, started = _step_size(runs), self._clock()
+            has_run = self._run_or_fail(runs, size)
+            if has_run and not size.has_prompts:
+                self._policy.observe_step(size.num_tokens, self._clock() - started)
             elapsed = self._clock() - now
             self.metrics.step_time.observe(elapsed)
-            if any(run.draft_token_ids for run in runs):
+            if size.num_draft_steps:
                 self.metrics.verify_time.observe(elapsed)
         has_sent |= self._send(self._scheduler.running)
         self._set_gauges()
@@ -326,10 +327,10 @@ class TorchPrimary:
 
     # -------------------------------------------------------------- one forward pass
 
-    def _run_or_fail(self, runs: list[Run]) -> bool:
+    def _run_or_fail(self, runs: list[Run], size: StepSize) -> bool:
         """Whether the runs went well. Where not, their requests have failed, and no others."""
         try:
-            self._run(runs)
+            self._run(runs, size)
         except Exception:
             _log.exception("a step failed; its %d requests fail with it", len(runs))
             self.metrics.failed_steps.inc()
@@ -339,7 +340,7 @@ class TorchPrimary:
             return False
         return True
 
-    def _run(self, runs: list[Run]) -> None:
+    def _run(self, runs: list[Run], size: StepSize) -> None:
         """Computes the runs in one batch and carries each sequence forward."""
         logs = (run.sequence.speculation for run in runs)
         taps = tuple(sorted({tap for spec in logs if spec is not None for tap in spec.log.taps}))
@@ -351,7 +352,6 @@ class TorchPrimary:
             states: Iterable[Tensor | None] = [None] * len(runs)
         else:
             states = output.taps.split([len(run.token_ids) for run in runs])
-        size = _step_size(runs)
         for run, run_states, outcome, run_logits in zip(runs, states, outcomes, logits, strict=True):
             num_verified = len(run.token_ids) - len(run.draft_token_ids) + outcome.num_accepted_tokens
             run.sequence.num_computed += num_verified
