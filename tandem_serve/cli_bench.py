@@ -106,6 +106,13 @@ def policies(
     samples: Annotated[str, typer.Option(help="Completions a request; several only at a temperature above 0.")] = "1,4",
     temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,0.8",
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a completion.")] = 128,
+    steady: Annotated[
+        bool,
+        typer.Option(
+            help="The next request takes the place of the first to end, and only steps that find all places decoding "
+            "count. Else requests begin together, and the time is that until the last of them ends.",
+        ),
+    ] = False,
     inflate: InflateOption = 1,
     num_threads: ThreadsOption = 1,
     json_file: JsonOption = None,
@@ -130,6 +137,7 @@ def policies(
             samples=tuple(map(int, _numbers(samples, "--samples", low=1))),
             temperatures=_numbers(temperature, "--temperature", low=0),
             max_tokens=max_tokens,
+            steady=steady,
             inflate=inflate,
             num_threads=num_threads,
         )

@@ -309,11 +309,15 @@ class StoppingRule:
     Each draft gets a score, 0 to 1: an estimate that it is right (entropy, router), or that the block is right as far
     as it goes (optimal). Drafting goes on while the score is at least `threshold`; the draft that ends the block is
     kept if its score is at least keep_threshold.
+
+    A step_cost is what a further step of the drafter costs this block, whichever blocks it drafts for: blocks that name
+    one share their steps, which are made while what the scores exceed their thresholds by is as much as all of it.
     """
 
     policy: PolicyName  # any but fixed
     threshold: float | None = None  # None: what the drafter holds best
     keep_threshold: float = 0.0
+    step_cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

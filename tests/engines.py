@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from tandem_serve.config import DrafterEngineConfig, PrimaryEngineConfig
+from tandem_serve.decoding.block_policy import StepSize
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
 from tandem_serve.engine.canonical import canonical_logits
 from tandem_serve.engine.drafter import DrafterEngine
@@ -70,6 +71,12 @@ def a_request(
     **fields: object,
 ) -> GenerationRequest:
     return GenerationRequest(request_id, tuple(prompt), sampling, max_tokens, **fields)  # type: ignore[arg-type]
+
+
+def step_of(*block_lengths: int) -> StepSize:
+    """A step of sequences that decode, each with so many drafts."""
+    num_sequences = len(block_lengths)
+    return StepSize(max(block_lengths), num_sequences, num_sequences + sum(block_lengths), has_prompts=False)
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from tandem_serve.models.inflate import inflate
 from tandem_serve.types import GenerationRequest, GenerationStep, PolicyName, SamplingParams
 
 FIXED, PLAIN = "fixed-", "plain-drafter:"
+Prompt = tuple[int, ...]
+STEADY_TURNS = 3  # so many times as many requests in a group as are decoded at once, where the load is steady
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class PoliciesOptions:
     samples: tuple[int, ...]  # completions a request
     temperatures: tuple[float, ...]
     max_tokens: int
+    steady: bool
     inflate: int
     num_threads: int
 
@@ -62,10 +66,22 @@ class Cell:
     n: int
     temperature: float
 
+    def groups(self, prompts: Sequence[Prompt], *, steady: bool) -> list[Sequence[Prompt]]:
+        """The prompts, in groups that are decoded by every policy in turn. What is left of them goes unused.
+
+        Raises:
+            ConfigError: there are too few for one.
+        """
+        size = self.batch * STEADY_TURNS if steady else self.batch
+        groups = [prompts[i : i + size] for i in range(0, len(prompts) - size + 1, size)]
+        if not groups:
+            raise ConfigError(f"--batch {self.batch} needs {size} prompts at least, and there are {len(prompts)}")
+        return groups
+
 
 @dataclass(frozen=True)
 class GroupRun:
-    """One group of requests, decoded at once. Prompts and first tokens are left out."""
+    """One group of requests. Prompts and first tokens are left out."""
 
     texts: tuple[tuple[int, ...], ...]
     num_tokens: int
@@ -73,6 +89,43 @@ class GroupRun:
     num_drafts: int
     num_accepted: int
     seconds: float
+
+
+class _Group:
+    """A group of requests as it is decoded."""
+
+    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
+        self._texts: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        self._counted: list[GenerationStep] = []
+        self._num_ended = 0
+        self.is_counting = False  # of the present step
+        self.seconds = 0.0  # of all that are counted
+
+    @property
+    def all_have_begun(self) -> bool:
+        """Whether each has its first token."""
+        return all(self._texts.values())
+
+    @property
+    def num_decoding(self) -> int:
+        """Of those that have a token, how many want more."""
+        return sum(map(bool, self._texts.values())) - self._num_ended
+
+    def add(self, step: GenerationStep) -> None:
+        self._texts[step.request_id] += step.token_ids
+        self._num_ended += step.finish_reason is not None
+        if self.is_counting:
+            self._counted.append(step)
+
+    def run(self) -> GroupRun:
+        return GroupRun(
+            texts=tuple(map(tuple, self._texts.values())),
+            num_tokens=sum(len(step.token_ids) for step in self._counted),
+            num_rounds=len(self._counted),
+            num_drafts=sum(step.num_draft_tokens for step in self._counted),
+            num_accepted=sum(step.num_accepted_tokens for step in self._counted),
+            seconds=self.seconds,
+        )
 
 
 class PolicyUnderTest:
@@ -88,32 +141,37 @@ class PolicyUnderTest:
         )
         self._engine.set_drafters(["d"])
 
-    def run(self, requests: Sequence[GenerationRequest]) -> GroupRun:
-        """Decodes the requests at once. The clock starts when each has its first token."""
-        steps: dict[str, list[GenerationStep]] = {request.request_id: [] for request in requests}
+    def run(self, requests: Sequence[GenerationRequest], num_at_once: int, *, steady: bool = False) -> GroupRun:
+        """Decodes the requests, num_at_once at a time: the next one takes the place of the first to end.
+
+        Counted are the steps once each has its first token; `steady`, those that find every place decoding: prompts
+        are left out in either case, and in the other the last steps as well, which a queue of requests does not have.
+        """
+        group = _Group(requests)
+        waiting = deque(requests)
+
+        def submit_next() -> None:
+            if waiting:
+                request = replace(waiting.popleft(), policy=self._policy, block_length=self._block_length)
+                self._engine.submit(request, sink)
 
         def sink(item: GenerationStep | TandemError) -> None:
             if isinstance(item, TandemError):
                 raise item
-            steps[item.request_id].append(item)
+            group.add(item)
+            if item.finish_reason is not None:
+                submit_next()
 
-        for request in requests:
-            self._engine.submit(replace(request, policy=self._policy, block_length=self._block_length), sink)
-        while not all(steps.values()):
-            self._engine.step()
-        skipped = {name: len(of_one) for name, of_one in steps.items()}
-        started = time.perf_counter()
-        self._engine.run_until_idle()
-        seconds = time.perf_counter() - started
-        counted = [step for name, of_one in steps.items() for step in of_one[skipped[name] :]]
-        return GroupRun(
-            texts=tuple(tuple(t for step in of_one for t in step.token_ids) for of_one in steps.values()),
-            num_tokens=sum(len(step.token_ids) for step in counted),
-            num_rounds=len(counted),
-            num_drafts=sum(step.num_draft_tokens for step in counted),
-            num_accepted=sum(step.num_accepted_tokens for step in counted),
-            seconds=seconds,
-        )
+        for _ in range(num_at_once):
+            submit_next()
+        while self._engine.has_work:
+            group.is_counting = group.num_decoding == num_at_once if steady else group.all_have_begun
+            began = time.perf_counter()
+            if not self._engine.step():
+                self._engine.wait()
+            if group.is_counting:
+                group.seconds += time.perf_counter() - began
+        return group.run()
 
     def close(self) -> None:
         self._engine.close()
@@ -143,8 +201,12 @@ def run_policies(options: PoliciesOptions, announce: Callable[[int], Callable[[]
     contenders = [
         PolicyUnderTest(name, primary, info, drafters.engine(name), num_sequences) for name in options.policies
     ]
-    done = announce(sum(max(1, len(prompts) // cell.batch) for cell in cells) * len(contenders))
-    measured = [measure_cell(cell, contenders, prompts, options.max_tokens, done) for cell in cells]
+    loads = [(cell, cell.groups(prompts, steady=options.steady)) for cell in cells]
+    done = announce(sum(len(groups) for _, groups in loads) * len(contenders))
+    measured = [
+        measure_cell(cell, contenders, groups, options.max_tokens, done, steady=options.steady)
+        for cell, groups in loads
+    ]
     for contender in contenders:
         contender.close()
     return {
@@ -186,25 +248,26 @@ class _Drafters:
 def measure_cell(
     cell: Cell,
     contenders: Sequence[PolicyUnderTest],
-    prompts: Sequence[tuple[int, ...]],
+    groups: Sequence[Sequence[Prompt]],
     max_tokens: int,
     done: Callable[[], None],
+    *,
+    steady: bool,
 ) -> dict[str, Any]:
     """Runs every group of prompts under every policy, the order turning by one each time. The first warms up."""
-    groups = [prompts[i : i + cell.batch] for i in range(0, len(prompts) - cell.batch + 1, cell.batch)] or [prompts]
     runs: dict[str, list[GroupRun]] = {contender.name: [] for contender in contenders}
     for turn in range(-1, len(groups)):
         requests = _requests(cell, groups[max(turn, 0)], max(turn, 0), max_tokens)
         for place in range(len(contenders)):
             contender = contenders[(turn + place) % len(contenders)]
-            run = contender.run(requests)
+            run = contender.run(requests, cell.batch * cell.n, steady=steady)
             if turn >= 0:
                 runs[contender.name].append(run)
                 done()
     return {**vars(cell), "num_groups": len(groups), **_compare(runs)}
 
 
-def _requests(cell: Cell, prompts: Sequence[tuple[int, ...]], turn: int, max_tokens: int) -> list[GenerationRequest]:
+def _requests(cell: Cell, prompts: Sequence[Prompt], turn: int, max_tokens: int) -> list[GenerationRequest]:
     return [
         GenerationRequest(
             f"p{number}-{sample}",

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tandem_serve.decoding.block_policy import Round
+from tandem_serve.decoding.block_policy import Round, StepSize
 from tandem_serve.types import BlockLengths, CostPoint, DraftingCosts
 
 COST_DECAY = 0.98  # of what a sample weighs, with each later one of its size
@@ -56,9 +56,10 @@ class CostRecorder:
     _tried: list[float] = field(default_factory=list)
     _right: list[float] = field(default_factory=list)
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
-        """A step has run so many tokens, none of them a prompt's."""
-        _observe(self._verify, num_tokens, seconds)
+    def observe_step(self, size: StepSize, seconds: float) -> None:
+        """A step has run. With prompts in it, its time says nothing of drafts."""
+        if not size.has_prompts:
+            _observe(self._verify, size.num_tokens, seconds)
 
     def observe_round(self, outcome: Round) -> None:
         """A round's drafts have been verified."""

@@ -21,6 +21,7 @@ class StepSize(NamedTuple):
     """All that one step of the primary ran."""
 
     num_draft_steps: int  # drafts of the longest block: the others were most likely made along with it
+    num_sequences: int
     num_tokens: int  # of all sequences
     has_prompts: bool  # some of them: then its time says nothing of decoding
 
@@ -49,8 +50,8 @@ class BlockPolicy(Protocol):
 class LearningPolicy(BlockPolicy, Protocol):
     """A BlockPolicy that is told how its rounds went. On the engine's thread."""
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
-        """The primary has run so many tokens in a step, none of them a prompt's."""
+    def observe_step(self, size: StepSize, seconds: float) -> None:
+        """The primary has run a step. After observe_round of the rounds that it verified."""
         ...
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from tandem_serve.decoding.block_costs import NUM_PROBES, PROBE_LENGTH, CostRecorder
-from tandem_serve.decoding.block_policy import BlockPlan, Round
+from tandem_serve.decoding.block_policy import BlockPlan, Round, StepSize
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.types import BlockLengths, DraftingCosts, GenerationRequest, PolicyName
 
@@ -61,10 +61,10 @@ class DirectedPolicy:
             self._load += (num_requests_running - self._load) / (LOAD_ROUNDS if is_alike else 1)
         self._num_left -= 1
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
+    def observe_step(self, size: StepSize, seconds: float) -> None:
         """See LearningPolicy."""
-        self.recorder.observe_step(num_tokens, seconds)
-        self.requested.observe_step(num_tokens, seconds)
+        self.recorder.observe_step(size, seconds)
+        self.requested.observe_step(size, seconds)
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy."""

@@ -1,173 +1,168 @@
 """Optimal stopping: draft on while one more draft is expected to bring more tokens than its time is worth.
 
 A block's survival S is the chance that all its drafts so far are right. One more draft brings S * p tokens, p being the
-share of drafts that are accepted where they are reached, and takes c seconds, to make and to verify; meanwhile the
-sequence would have written rate * c tokens. So a drafter goes on while S >= rate * c / p, and the draft that ends the
-block is worth verifying while S >= rate * (what verifying it takes). Rate and times are measured as decoding goes;
+share of drafts that are accepted where they are reached. All B sequences of a batch wait for it and would each have
+written `rate` tokens a second meanwhile: verifying a draft takes v seconds and costs rate * B * v tokens, making one m
+and a step of the drafter s seconds besides, the latter whether it drafts for one block or for all. So a block gets
+another draft while S * p >= rate * B * (m + v), all of them a further step while what they gain by it is rate * B * s,
+and the draft that ends a block is verified while S >= rate * B * v. Acceptance and times are measured as decoding goes;
 where the primary alone is faster, there are no drafts but a few now and then, to see.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
-from tandem_serve.decoding.block_policy import BlockPlan, Round
+from tandem_serve.decoding.block_policy import BlockPlan, Round, StepSize
+from tandem_serve.decoding.linear_cost import LinearCost
 from tandem_serve.types import GenerationRequest, PolicyName, StoppingRule
 
-MIN_ROUNDS = 8  # of all sequences together, measured before anything is concluded
+MIN_TURNS = 8  # rounds of all sequences, measured before anything is concluded
 FIRST_LENGTH = 4  # drafts until then, at most
-# While drafts do not pay: of so many rounds, so many draft all the same. The first rests are shorter, each twice the
+# While drafts do not pay: of so many turns, so many draft all the same. The first rests are shorter, each twice the
 # last: what a few rounds of one text have shown should not hold for long.
-REST_ROUNDS, PROBE_ROUNDS, FIRST_REST = 64, 4, 8
-_LARGEST_SURPRISE = 3.0  # a time is taken for at most so many times the expected: a pause of the machine is no cost
+REST_TURNS, PROBE_TURNS, FIRST_REST = 64, 4, 8
+LOOK_TURNS = 256  # while drafts do pay, one turn in so many goes without: to see how fast the primary alone is
+_MAY_REST = 0.9  # of the primary's own speed: below that drafts rest, and go on above it
 
-
-class LinearCost:
-    """Seconds as a line over a size, fitted to what is measured; old measurements fade."""
-
-    def __init__(self, decay: float = 0.98) -> None:
-        self._decay = decay
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
-
-    def add(self, size: float, seconds: float) -> None:
-        expected = self.at(size)
-        if self._weight > MIN_ROUNDS and expected > 1e-6:
-            seconds = min(seconds, _LARGEST_SURPRISE * expected)
-        d = self._decay
-        self._weight = d * self._weight + 1
-        self._x, self._y = d * self._x + size, d * self._y + seconds
-        self._xx, self._xy = d * self._xx + size * size, d * self._xy + size * seconds
-
-    @property
-    def slope(self) -> float:
-        """Seconds for each more; a share of the mean as long as all sizes have been alike."""
-        if not self._weight:
-            return 0.0
-        spread = self._xx - self._x * self._x / self._weight
-        if spread < 0.05 * self._weight:
-            return self._y / max(self._x, 1.0) / 2
-        return max((self._xy - self._x * self._y / self._weight) / spread, 0.0)
-
-    @property
-    def mean(self) -> float:
-        """Seconds, over the sizes that there have been."""
-        return self._y / self._weight if self._weight else 0.0
-
-    def at(self, size: float) -> float:
-        """Expected seconds."""
-        if not self._weight:
-            return 0.0
-        return max((self._y + self.slope * (size * self._weight - self._x)) / self._weight, 0.0)
+_mean = partial(LinearCost, 0, decay=0.99)
 
 
 @dataclass(slots=True)
 class _Class:
-    """Rounds of requests that resemble each other, in sums that fade."""
+    """Rounds with drafts of requests that resemble each other, in sums that fade."""
 
-    tokens: float = 0.0
-    seconds: float = 0.0
-    company: float = 0.0  # seconds times sequences in a step
+    duration: LinearCost = field(default_factory=_mean)  # of a round
+    rounds: float = 0.0
     accepted: float = 0.0
     rejected: float = 0.0  # rounds that ended with a wrong draft
-    turn: float = 0.0  # rounds planned, of all sequences together
-    num_running: int = 1  # as the last plan was told
-    num_rounds: int = 0
-    knows_costs: bool = False
+    num_rounds: int = 0  # does not fade
     rests: bool = False  # the primary alone is faster
     rest_length: float = 0.0
-    rest_until: float = 0.0  # a turn: PROBE_ROUNDS from then on draft
+    rest_until: float = 0.0  # a turn: PROBE_TURNS from then on draft
+    decided_in: float = -1.0  # a turn
+    rule: StoppingRule | None = None  # decided then; None: no drafts
 
-    def doubt(self) -> None:
-        """Most of what is known of the rate is forgotten: rounds so far knew no costs, those to come do."""
-        self.tokens, self.seconds, self.company = self.tokens / 8, self.seconds / 8, self.company / 8
-        self.knows_costs = True
-
-    def add(self, num_drafts: int, num_accepted: int, seconds: float) -> None:
+    def add(self, outcome: Round) -> None:
         decay = 0.99
         self.num_rounds += 1
-        self.tokens = decay * self.tokens + num_accepted + 1
-        self.seconds = decay * self.seconds + seconds
-        self.company = decay * self.company + seconds * self.num_running
-        self.accepted = decay * self.accepted + num_accepted
-        self.rejected = decay * self.rejected + (num_accepted < num_drafts)
-
-    def is_probe(self) -> bool:
-        """Whether a class that rests drafts in this turn."""
-        if self.turn >= self.rest_until + PROBE_ROUNDS:  # the last probe has changed nothing
-            self.rest_length = min(2 * self.rest_length, REST_ROUNDS - PROBE_ROUNDS)
-            self.rest_until = self.turn + self.rest_length
-        return self.turn >= self.rest_until
+        self.rounds = decay * self.rounds + 1
+        self.accepted = decay * self.accepted + outcome.num_accepted
+        self.rejected = decay * self.rejected + (outcome.num_accepted < outcome.num_drafts)
+        if not outcome.step.has_prompts:
+            self.duration.add((), outcome.seconds)
 
     @property
     def rate(self) -> float:
-        """Tokens a second of one sequence."""
-        return self.tokens / max(self.seconds, 1e-9)
-
-    @property
-    def batch(self) -> float:
-        """Sequences in a step, when that rate was measured."""
-        return self.company / max(self.seconds, 1e-9)
+        """Tokens a second of one sequence; 0 where not known."""
+        return (1 + self.accepted / self.rounds) / self.duration.mean if self.duration.mean else 0.0
 
     @property
     def acceptance(self) -> float:
         """Share of drafts accepted among those that follow accepted ones."""
         return max(self.accepted / max(self.accepted + self.rejected, 1e-9), 0.05)
 
+    def judge(self, gain: float, turn: float) -> None:
+        """`gain`: its rate over the primary's alone."""
+        rested = self.rests
+        self.rests = gain < (1.0 if rested else _MAY_REST)
+        if self.rests and not rested:
+            self.rest_length, self.rest_until = FIRST_REST, turn + FIRST_REST
+        elif self.rests and turn >= self.rest_until + PROBE_TURNS:  # the last probe has changed nothing
+            self.rest_length = min(2 * self.rest_length, REST_TURNS - PROBE_TURNS)
+            self.rest_until = turn + self.rest_length
+
+
+@dataclass(slots=True)
+class _Load:
+    """What is known of batches of about one size.
+
+    Greedy and sampled requests are classes of their own: drafts are right more often in one than in the other. Both
+    look in the same turns, and so do all requests of a class rest: beside sequences that rest, drafts are only waited
+    for.
+    """
+
+    verifying: LinearCost = field(default_factory=partial(LinearCost, 1, decay=0.99))  # a step, over its drafts
+    drafting: LinearCost = field(default_factory=partial(LinearCost, 2, decay=0.99))  # a wait, over steps and drafts
+    beside: LinearCost = field(default_factory=_mean)  # what a round takes besides those two
+    # A step without drafts: a second row of a sequence takes longer than a third, so that line does not tell. There are
+    # few of them while drafts pay, and each weighs much.
+    alone: LinearCost = field(default_factory=partial(LinearCost, 0, decay=0.8))
+    turn: float = 0.0  # rounds of all sequences together: what is planned between two steps is of one turn
+    num_running: int = 1  # as the last plan was told
+    draft_s: float = 0.0  # the longest wait for drafts that the present step verifies
+    beside_s: float = 0.0  # and what that round took besides, the step included
+    classes: dict[bool, _Class] = field(default_factory=dict)
+
+    def of(self, request: GenerationRequest) -> _Class:
+        return self.classes.setdefault(request.sampling.temperature > 0, _Class())
+
+    def plan(self, request: GenerationRequest, longest: int, num_running: int) -> BlockPlan:
+        self.num_running = num_running
+        kind = self.of(request)
+        if kind.num_rounds < MIN_TURNS * num_running or not kind.rate:
+            return BlockPlan(min(longest, FIRST_LENGTH), StoppingRule(PolicyName.OPTIMAL))
+        if kind.decided_in != self.turn:
+            kind.decided_in, kind.rule = self.turn, self._decide(kind)
+        return BlockPlan(0 if kind.rule is None else longest, kind.rule)
+
+    def _decide(self, kind: _Class) -> StoppingRule | None:
+        """How blocks of a class end in this turn; None: it goes without drafts."""
+        if kind.num_rounds >= 2 * MIN_TURNS * self.num_running:
+            alone_s = self.alone.mean if self.alone.is_known else self.verifying.at((0,))
+            kind.judge(kind.rate * (alone_s + self.beside.mean), self.turn)
+            looks = self.turn % LOOK_TURNS < 1 or not self.alone.is_known
+            if looks or (kind.rests and self.turn < kind.rest_until):
+                return None
+        step_s, making_s = self.drafting.slopes
+        (verifying_s,) = self.verifying.slopes
+        waiting = kind.rate * self.num_running  # tokens that all would have written, a second
+        threshold = waiting * (making_s + verifying_s) / kind.acceptance
+        shares = threshold, waiting * verifying_s, kind.rate * step_s / kind.acceptance
+        return StoppingRule(PolicyName.OPTIMAL, *(min(share, 1.0) for share in shares))
+
+    def add_round(self, request: GenerationRequest, outcome: Round) -> None:
+        self.of(request).add(outcome)
+        if outcome.draft_s >= self.draft_s:
+            self.draft_s, self.beside_s = outcome.draft_s, outcome.seconds - outcome.draft_s
+
+    def add_step(self, size: StepSize, seconds: float) -> None:
+        self.turn += size.num_sequences / max(self.num_running, 1)
+        draft_s, beside_s = self.draft_s, self.beside_s
+        self.draft_s = self.beside_s = 0.0
+        num_drafts = size.num_tokens - size.num_sequences
+        if size.has_prompts:
+            return
+        if not num_drafts:
+            self.alone.add((), seconds)
+            return
+        self.verifying.add((num_drafts,), seconds)
+        if draft_s:
+            self.drafting.add((size.num_draft_steps, num_drafts), draft_s)
+            self.beside.add((), max(beside_s - seconds, 0.0))
+
 
 @dataclass(slots=True)
 class OptimalStopping:
     """Plans rounds of the `optimal` policy from what its owner, an engine's thread, has observed.
 
-    Greedy and sampled requests are classes of their own: drafts are right more often in one than in the other.
+    Batches of 1, 2, up to 4, up to 8 and so on are learnt apart: the more rows a step has, the less another one costs.
     """
 
-    # Whole rounds, less what their tokens took to verify, over the drafts of the longest block in them. Drafting, timed
-    # alone, misses a third of what it costs on a small machine: caches that it empties, threads that it wakes.
-    drafting: LinearCost = field(default_factory=lambda: LinearCost(decay=0.995))
-    verifying: LinearCost = field(default_factory=LinearCost)  # over all tokens of an engine step
-    undrafted: LinearCost = field(default_factory=LinearCost)  # rounds less their drafts: steps, and all else
-    _classes: dict[bool, _Class] = field(default_factory=dict)
+    _loads: dict[int, _Load] = field(default_factory=dict)
+    _load: _Load = field(default_factory=_Load)  # of the last plan
 
     def plan(self, request: GenerationRequest, longest: int, num_requests_running: int) -> BlockPlan:
         """The next round of a request: `longest` drafts at most."""
-        kind = self._class_of(request)
-        kind.num_running = num_requests_running
-        # Planned one by one, but all rest together: beside sequences that rest, drafts are only waited for.
-        kind.turn += 1 / max(num_requests_running, 1)
-        first = MIN_ROUNDS * num_requests_running
-        if kind.num_rounds < first:
-            return BlockPlan(min(longest, FIRST_LENGTH), StoppingRule(PolicyName.OPTIMAL))
-        if not kind.knows_costs:
-            kind.doubt()
-        alone_s = self._alone_s(kind.batch)  # of as many as the rate is of: the last ones of a batch would rest else
-        may_rest = alone_s > 0 and kind.num_rounds >= 2 * first
-        rested = kind.rests
-        kind.rests = may_rest and kind.rate * alone_s < (1.0 if rested else 0.9)
-        if kind.rests and not rested:
-            kind.rest_length, kind.rest_until = FIRST_REST, kind.turn + FIRST_REST
-        if kind.rests and not kind.is_probe():
-            return BlockPlan(0)
-        checking = kind.rate * self.verifying.slope * num_requests_running
-        drafting = kind.rate * self.drafting.slope
-        threshold = (drafting + checking) / kind.acceptance
-        return BlockPlan(longest, StoppingRule(PolicyName.OPTIMAL, min(threshold, 1.0), min(checking, 1.0)))
-
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
-        """See LearningPolicy."""
-        self.verifying.add(num_tokens, seconds)
+        doublings = (num_requests_running - 1).bit_length()
+        self._load = self._loads.setdefault(doublings, _Load())
+        return self._load.plan(request, longest, num_requests_running)
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy. Of rounds that drafted: one whose block came empty is one, too."""
-        if not outcome.step.has_prompts:
-            verifying_s = self.verifying.slope * outcome.step.num_tokens
-            self.drafting.add(outcome.step.num_draft_steps, max(outcome.seconds - verifying_s, 0.0))
-            self.undrafted.add(outcome.step.num_draft_steps, max(outcome.seconds - outcome.draft_s, 0.0))
-        self._class_of(request).add(outcome.num_drafts, outcome.num_accepted, outcome.seconds)
+        self._load.add_round(request, outcome)
 
-    def _alone_s(self, num_requests_running: float) -> float:
-        """A round without drafts: its step, and what a round takes beside step and drafts. 0: not known."""
-        step_s = self.verifying.at(num_requests_running)
-        return step_s and step_s + max(self.undrafted.mean - self.verifying.mean, 0.0)
-
-    def _class_of(self, request: GenerationRequest) -> _Class:
-        return self._classes.setdefault(request.sampling.temperature > 0, _Class())
+    def observe_step(self, size: StepSize, seconds: float) -> None:
+        """See LearningPolicy."""
+        self._load.add_step(size, seconds)

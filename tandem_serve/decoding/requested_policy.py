@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tandem_serve.decoding.block_policy import BlockPlan, Round
+from tandem_serve.decoding.block_policy import BlockPlan, Round, StepSize
 from tandem_serve.decoding.optimal_stopping import OptimalStopping
 from tandem_serve.types import GenerationRequest, PolicyName, StoppingRule
 
@@ -40,9 +40,9 @@ class RequestedPolicy:
             return self.optimal.plan(request, length, num_requests_running)
         return BlockPlan(length, StoppingRule(policy, request.threshold))
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
+    def observe_step(self, size: StepSize, seconds: float) -> None:
         """See LearningPolicy."""
-        self.optimal.observe_step(num_tokens, seconds)
+        self.optimal.observe_step(size, seconds)
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy."""

@@ -88,21 +88,16 @@ class _Block:
 
     policy: PolicyName
     threshold: float
-    keep_threshold: float  # what verifying a draft costs
+    keep_threshold: float
+    step_cost: float
     score: float = 1.0  # of its last draft; under optimal stopping of all of them: the chance that all are right
-
-    @property
-    def shares(self) -> bool:
-        """Whether its thresholds are costs: then it is decided together with others."""
-        return self.policy is PolicyName.OPTIMAL and self.keep_threshold > 0
 
 
 class Stopping:
     """The blocks of a batch under their rules. Blocks without one never end early.
 
-    Where thresholds are costs, which a keep_threshold above 0 says, their blocks are decided together: a further step
-    takes as long for one block as for all, and all of them wait for it. It is made while what those that go on may gain
-    pays what it costs everyone. Any other block goes on while its own score reaches its threshold.
+    A further step takes about as long for one block as for all, and all of them wait for it. So blocks whose rules say
+    what a step costs them share their steps: see StoppingRule. Any other block is judged alone.
     """
 
     def __init__(self, rules: Sequence[StoppingRule | None], thresholds: Mapping[PolicyName, float]) -> None:
@@ -114,13 +109,13 @@ class Stopping:
                 rule.policy,
                 thresholds[rule.policy] if rule.threshold is None else rule.threshold,
                 rule.keep_threshold,
+                rule.step_cost,
             )
             for rule in rules
         ]
         found = [block for block in self._blocks if block is not None]
         self._policies = dict.fromkeys(block.policy for block in found)
-        costs = [block.threshold - block.keep_threshold for block in found if block.shares]
-        self._step_cost = sum(costs) if len(costs) > 1 else None  # of a further step, to all blocks that share it
+        self._step_cost = sum(block.step_cost for block in found)  # to all blocks that share their steps
 
     def __bool__(self) -> bool:
         """Whether any block has a rule."""
@@ -139,7 +134,12 @@ class Stopping:
                 compounds = block.policy is PolicyName.OPTIMAL
                 block.score = scores[block.policy][row] * (block.score if compounds else 1.0)
         blocks = [self._blocks[number] for number in which]
-        pays = self._pays([b for b, may in zip(blocks, may_go_on, strict=True) if may and b is not None])
+        gain = sum(
+            max(block.score - block.threshold, 0.0)
+            for block, may in zip(blocks, may_go_on, strict=True)
+            if may and block is not None and block.step_cost
+        )
+        pays = gain >= self._step_cost
         return [may and self._goes_on(block, pays) for block, may in zip(blocks, may_go_on, strict=True)]
 
     def is_kept(self, number: int) -> bool:
@@ -147,15 +147,7 @@ class Stopping:
         block = self._blocks[number]
         return block is None or block.score >= block.keep_threshold
 
-    def _pays(self, blocks: Sequence[_Block]) -> bool:
-        """Whether a further step is worth what it costs the blocks that share it."""
-        if self._step_cost is None:
-            return True
-        return sum(max(b.score - b.keep_threshold, 0.0) for b in blocks if b.shares) >= self._step_cost
-
     def _goes_on(self, block: _Block | None, pays: bool) -> bool:
         if block is None:
             return True
-        if block.shares and self._step_cost is not None:
-            return pays and block.score >= block.keep_threshold
-        return block.score >= block.threshold
+        return block.score >= block.threshold and (pays or not block.step_cost)

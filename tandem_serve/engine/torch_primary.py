@@ -198,8 +198,8 @@ class TorchPrimary:
         if runs:
             size, started = _step_size(runs), self._clock()
             has_run = self._run_or_fail(runs, size)
-            if has_run and not size.has_prompts:
-                self._policy.observe_step(size.num_tokens, self._clock() - started)
+            if has_run:
+                self._policy.observe_step(size, self._clock() - started)
             elapsed = self._clock() - now
             self.metrics.step_time.observe(elapsed)
             if size.num_draft_steps:
@@ -400,6 +400,7 @@ class TorchPrimary:
 def _step_size(runs: Collection[Run]) -> StepSize:
     return StepSize(
         num_draft_steps=max(len(run.draft_token_ids) for run in runs),
+        num_sequences=len(runs),
         num_tokens=sum(len(run.token_ids) for run in runs),
         has_prompts=any(len(run.token_ids) > run.num_logits for run in runs),
     )

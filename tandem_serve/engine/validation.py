@@ -120,7 +120,8 @@ def check_extend(command: ExtendSequence, info: DrafterInfo, num_received: int, 
 def _check_stopping(rule: StoppingRule) -> None:
     if rule.policy is PolicyName.FIXED:
         raise InvalidRequest("stopping.policy = 'fixed' ends no block", field="stopping.policy")
-    for name, value in (("threshold", rule.threshold), ("keep_threshold", rule.keep_threshold)):
+    for name in ("threshold", "keep_threshold", "step_cost"):
+        value = getattr(rule, name)
         if value is not None and not 0 <= value <= 1:
             raise InvalidRequest(f"stopping.{name} = {value}: expected 0 to 1", field=f"stopping.{name}")
 

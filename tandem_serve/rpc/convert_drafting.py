@@ -67,7 +67,8 @@ def _fill_extend(command: ExtendSequence, out: drafting_pb2.ExtendSequence, dtyp
     if command.representations is not None and command.token_ids:
         encode_tensor(command.representations, dtype, out.representations)
     if (rule := command.stopping) is not None:
-        out.stopping.policy, out.stopping.keep_threshold = POLICIES[rule.policy], rule.keep_threshold
+        out.stopping.policy = POLICIES[rule.policy]
+        out.stopping.keep_threshold, out.stopping.step_cost = rule.keep_threshold, rule.step_cost
         if rule.threshold is not None:
             out.stopping.threshold = rule.threshold
 
@@ -163,7 +164,8 @@ def _parse_stopping(message: drafting_pb2.StoppingRule, field: str) -> StoppingR
     if policy in (None, PolicyName.FIXED):
         raise InvalidRequest(f"{field}policy ends no block", field=f"{field}policy")
     keep_threshold = fields.real(message.keep_threshold, f"{field}keep_threshold", low=0, high=1)
-    return StoppingRule(policy, threshold, keep_threshold)
+    step_cost = fields.real(message.step_cost, f"{field}step_cost", low=0, high=1)
+    return StoppingRule(policy, threshold, keep_threshold, step_cost)
 
 
 def _booked_bytes(body: _Body) -> int:

@@ -393,6 +393,7 @@ def faulty_extends() -> list[tuple[str, drafting_pb2.DraftRequest]]:
         broken("stopping.policy", lambda m: setattr(m.stopping, "keep_threshold", 0.5)),
         broken("stopping.threshold", lambda m: m.stopping.MergeFrom(drafting_pb2.StoppingRule(policy=2, threshold=2))),
         broken("stopping.keep_threshold", lambda m: m.stopping.MergeFrom(WITHOUT_KEEPING)),
+        broken("stopping.step_cost", lambda m: m.stopping.MergeFrom(drafting_pb2.StoppingRule(policy=2, step_cost=2))),
         broken("num_unverified", lambda m: setattr(m, "num_unverified", 1 << 31)),
         broken("start_position", lambda m: setattr(m, "start_position", (1 << 31) - 1)),
         broken("representations", lambda m: m.ClearField("representations")),

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from tandem_serve.decoding.block_costs import NUM_PROBES, CostRecorder, best_block_lengths
-from tandem_serve.decoding.block_policy import Round, StepSize
+from tandem_serve.decoding.block_policy import Round
 from tandem_serve.decoding.directed_policy import DirectedPolicy
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.types import BlockLengths, GenerationRequest, PolicyName, SamplingParams, StoppingRule
+from tests.engines import step_of
 
 LONGEST, MAX_BATCH = 8, 64
 REQUEST = GenerationRequest("r", (1,), SamplingParams(), 8)
@@ -51,12 +52,12 @@ class World:
             longest = max(lengths)
             step_s = self.step_s(batch + sum(lengths))
             draft_s = self.draft_s(longest, batch) if longest else 0.0
-            policy.observe_step(batch + sum(lengths), step_s * self._noise())
+            size = step_of(*lengths)
+            policy.observe_step(size, step_s * self._noise())
             for length in lengths:
                 accepted = next((n for n in range(length) if self.rng.random() >= self.acceptance), length)
                 tokens += 1 + accepted
                 if length:
-                    size = StepSize(longest, batch + sum(lengths), has_prompts=False)
                     policy.observe_round(
                         REQUEST, Round(length, accepted, size, draft_s * self._noise(), draft_s + step_s)
                     )
@@ -125,17 +126,17 @@ def test_nothing_is_concluded_from_little() -> None:
     recorder = CostRecorder()
     assert best_block_lengths([recorder.costs()], 4, 8) is None
     assert best_block_lengths([], 4, 8) is None
-    recorder.observe_step(1, 0.1)
-    recorder.observe_round(Round(2, 1, StepSize(2, 3, has_prompts=False), 0.1, 0.2))
+    recorder.observe_step(step_of(0), 0.1)
+    recorder.observe_round(Round(2, 1, step_of(2), 0.1, 0.2))
     assert best_block_lengths([recorder.costs()], 4, 8) is None
 
 
 def test_what_several_primaries_measured_counts_together() -> None:
     recorders = [CostRecorder(), CostRecorder()]
     for _ in range(8):
-        recorders[0].observe_step(1, 0.01)
-        recorders[0].observe_step(6, 0.01)
-        recorders[1].observe_round(Round(5, 5, StepSize(5, 6, has_prompts=False), 0.001, 0.011))
+        recorders[0].observe_step(step_of(0), 0.01)
+        recorders[0].observe_step(step_of(5), 0.01)
+        recorders[1].observe_round(Round(5, 5, step_of(5), 0.001, 0.011))
     assert best_block_lengths([recorders[0].costs()], 8, 1) is None
     both = best_block_lengths([recorder.costs() for recorder in recorders], 8, 1)
     assert both is not None

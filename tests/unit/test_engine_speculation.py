@@ -28,6 +28,7 @@ from tests.engines import (
     a_request,
     drive,
     generate,
+    step_of,
     make_drafter_engine,
     make_engine,
     reference_tokens,
@@ -255,11 +256,11 @@ class RecordingPolicy(RequestedPolicy):
 
     def __init__(self) -> None:
         super().__init__(default=2)
-        self.steps: list[int] = []
+        self.steps: list[StepSize] = []
         self.rounds: list[Round] = []
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
-        self.steps.append(num_tokens)
+    def observe_step(self, size: StepSize, seconds: float) -> None:
+        self.steps.append(size)
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         self.rounds.append(outcome)
@@ -273,13 +274,12 @@ def test_a_policy_is_told_what_else_the_step_ran_that_verified_a_round() -> None
     for _ in range(4):
         engine.step()
     together = policy.rounds[-1].step
-    assert together == StepSize(num_draft_steps=2, num_tokens=6, has_prompts=False)
-    num_steps = len(policy.steps)
+    assert together == step_of(2, 2)
     engine.submit(a_request("c", range(4, 44), 4), Output())
     engine.step()
     beside_prompt = policy.rounds[-1].step
-    assert beside_prompt == StepSize(num_draft_steps=2, num_tokens=6 + 40, has_prompts=True)
-    assert len(policy.steps) == num_steps  # its time is not one of decoding
+    assert beside_prompt == StepSize(num_draft_steps=2, num_sequences=3, num_tokens=6 + 40, has_prompts=True)
+    assert policy.steps[-2:] == [together, beside_prompt]
 
 
 def test_prompt_chunks_are_streamed_while_prefill_goes_on() -> None:

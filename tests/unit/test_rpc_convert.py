@@ -182,7 +182,7 @@ def test_a_drafter_hello_is_checked_field_by_field(field: str, value: Any) -> No
 
 ADAPTIVE = st.sampled_from([policy for policy in PolicyName if policy is not PolicyName.FIXED])
 shares = st.floats(0, 1)
-stopping_rules = st.builds(StoppingRule, ADAPTIVE, st.one_of(st.none(), shares), shares)
+stopping_rules = st.builds(StoppingRule, ADAPTIVE, st.one_of(st.none(), shares), shares, shares)
 
 
 @given(

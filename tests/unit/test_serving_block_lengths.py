@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tandem_serve.config import PrimaryEngineConfig, SpeculationConfig
-from tandem_serve.decoding.block_policy import Round, StepSize
+from tandem_serve.decoding.block_policy import Round
 from tandem_serve.decoding.directed_policy import DirectedPolicy
 from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tandem_serve.errors import Unavailable
@@ -13,6 +13,7 @@ from tandem_serve.serving.block_lengths import BlockLengthControl
 from tandem_serve.serving.completion import TextCompletion
 from tandem_serve.types import BlockLengths, DraftingCosts, GenerationRequest, PolicyName, SamplingParams, TextRequest
 from tests.checkpoints import make_tokenizer
+from tests.engines import step_of
 from tests.unit.scripted_primary import ScriptedPrimary
 
 REQUEST = GenerationRequest("r", (1,), SamplingParams(), 8)
@@ -30,9 +31,9 @@ class Measuring(ScriptedPrimary):
 
     def measure(self, draft_s: float, rounds: int = 300) -> None:
         for _ in range(rounds):
-            self.policy.observe_step(1, 0.01)
-            self.policy.observe_step(5, 0.01)
-            self.policy.observe_round(REQUEST, Round(4, 4, StepSize(4, 5, has_prompts=False), draft_s, draft_s + 0.01))
+            self.policy.observe_step(step_of(0), 0.01)
+            self.policy.observe_step(step_of(4), 0.01)
+            self.policy.observe_round(REQUEST, Round(4, 4, step_of(4), draft_s, draft_s + 0.01))
 
     async def direct(self, lengths: BlockLengths | None) -> DraftingCosts | None:
         if self.error_when_directed is not None:

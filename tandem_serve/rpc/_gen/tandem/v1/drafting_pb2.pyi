@@ -160,14 +160,16 @@ class ExtendSequence(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., round: _Optional[int] = ..., start_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., representations: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., next_token_id: _Optional[int] = ..., block_length: _Optional[int] = ..., traceparent: _Optional[str] = ..., stopping: _Optional[_Union[StoppingRule, _Mapping]] = ..., num_unverified: _Optional[int] = ...) -> None: ...
 
 class StoppingRule(_message.Message):
-    __slots__ = ("policy", "threshold", "keep_threshold")
+    __slots__ = ("policy", "threshold", "keep_threshold", "step_cost")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     KEEP_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    STEP_COST_FIELD_NUMBER: _ClassVar[int]
     policy: BlockPolicy
     threshold: float
     keep_threshold: float
-    def __init__(self, policy: _Optional[_Union[BlockPolicy, str]] = ..., threshold: _Optional[float] = ..., keep_threshold: _Optional[float] = ...) -> None: ...
+    step_cost: float
+    def __init__(self, policy: _Optional[_Union[BlockPolicy, str]] = ..., threshold: _Optional[float] = ..., keep_threshold: _Optional[float] = ..., step_cost: _Optional[float] = ...) -> None: ...
 
 class CloseSequence(_message.Message):
     __slots__ = ("sequence_id", "incarnation")

@@ -1,0 +1,67 @@
+"""Costs over sizes: learnt, learnt anew, and sensible where sizes have told nothing apart."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem_serve.decoding.linear_cost import LinearCost
+
+
+@given(st.floats(0, 0.1), st.floats(0, 0.01), st.floats(0, 0.1), st.floats(0.001, 0.01))
+def test_costs_are_learnt_and_learnt_anew(a: float, b: float, later_a: float, later_b: float) -> None:
+    cost = LinearCost(1, decay=0.98)
+    for first, slope, rounds in ((a, b, 50), (later_a, later_b, 600)):
+        for i in range(rounds):
+            cost.add((1 + i % 7,), first + slope * (1 + i % 7))
+    assert cost.slopes[0] == pytest.approx(later_b, rel=0.1, abs=3e-5 + 0.01 * later_a)
+    assert cost.at((4,)) == pytest.approx(later_a + 4 * later_b, rel=0.05)
+
+
+def test_sizes_that_vary_apart_are_told_apart() -> None:
+    rng, cost = random.Random(0), LinearCost(3, decay=0.99)
+    for _ in range(400):
+        sequences, steps = rng.randint(1, 8), rng.randint(1, 8)
+        drafts = sum(rng.randint(1, steps) for _ in range(sequences))
+        cost.add((sequences, steps, drafts), 2 + 0.3 * sequences + 0.6 * steps + 0.1 * drafts + rng.gauss(0, 0.05))
+    assert cost.slopes == pytest.approx([0.3, 0.6, 0.1], abs=0.05)
+    assert cost.at((8, 5, 40)) == pytest.approx(2 + 2.4 + 3 + 4, rel=0.03)
+
+
+def test_sizes_that_only_vary_together_share_what_they_cost() -> None:
+    cost = LinearCost(2, decay=0.99)
+    for i in range(100):
+        cost.add((1 + i % 5, 1 + i % 5), 0.5 + 0.8 * (1 + i % 5))
+    assert cost.slopes == pytest.approx([0.4, 0.4], rel=0.05)
+
+
+def test_a_size_that_has_not_varied_makes_up_half_of_the_cost() -> None:
+    cost = LinearCost(1, decay=0.99)
+    for _ in range(20):
+        cost.add((8,), 16.0)
+    assert cost.slopes == pytest.approx([1.0])
+    assert cost.at((4,)) == pytest.approx(12.0)
+
+
+def test_nothing_gets_faster_by_a_size() -> None:
+    rng, cost = random.Random(0), LinearCost(2, decay=0.99)
+    for _ in range(200):
+        x, y = rng.randint(1, 9), rng.randint(1, 9)
+        cost.add((x, y), 30 - 2 * x + y)
+    assert cost.slopes[0] == 0 and cost.slopes[1] == pytest.approx(1, rel=0.4)
+
+
+def test_a_pause_of_the_machine_is_no_cost_from_the_third_sample_on() -> None:
+    cost = LinearCost(0, decay=0.8)
+    cost.add((), 0.01)
+    cost.add((), 0.01)
+    cost.add((), 10.0)
+    assert cost.mean < 0.02
+
+
+def test_what_is_unknown_is_nothing() -> None:
+    cost = LinearCost(2, decay=0.99)
+    assert not cost.is_known and cost.mean == 0 and cost.at((3, 4)) == 0 and cost.slopes == [0, 0]
