@@ -132,8 +132,9 @@ def drafting_figures(
 
     A response's first token comes with the prompt's pass. Then blocks follow each other as in serving: block_length
     drafts, or as many as the response has left beside ML's own token, of which the accepted ones and ML's own token
-    move the sequence on. `accepted_per_block_error` is a standard error, over responses. `agreement` is the share of
-    all drafts, over every opening, that equal ML's choice, whatever became of the block's earlier ones.
+    move the sequence on. `accepted_per_block_error` is a standard error over responses, None of a single one.
+    `agreement` is the share of all drafts, over every opening, that equal ML's choice, whatever became of the block's
+    earlier ones.
     """
     tables = list(hits)
     figures = {}
@@ -184,15 +185,15 @@ def _walk(accepted: Sequence[int], start: int, block_length: int) -> list[_Block
     return blocks
 
 
-def _standard_error(walks: Sequence[Sequence[_Block]]) -> float:
+def _standard_error(walks: Sequence[Sequence[_Block]]) -> float | None:
     """Of accepted drafts a block, a ratio of sums: how far as many other responses, to prompts alike, would be off.
 
-    Responses, not blocks, are what was drawn: blocks of one text are alike.
+    Responses, not blocks, are what was drawn: blocks of one text are alike. None: a single one does not tell.
     """
     totals = [(sum(b.accepted for b in walk), sum(b.drafted > 0 for b in walk)) for walk in walks]
     accepted, blocks = sum(a for a, _ in totals), sum(n for _, n in totals)
     if len(walks) < 2 or not blocks:
-        return 0.0
+        return None
     squares = math.fsum((a - accepted / blocks * n) ** 2 for a, n in totals)
     return math.sqrt(squares * len(walks) / (len(walks) - 1)) / blocks
 

@@ -136,7 +136,8 @@ def test_one_look_tells_how_fast_the_primary_alone_is() -> None:
                 outcome = Round(4, 3, step_of(4, 4), drafting, drafting + verifying)
                 simulation.policy.observe_round(request, outcome)
             simulation.policy.observe_step(step_of(4, 4), verifying)
-    assert turns[: 2 * MIN_TURNS + 1] == [1] * 2 * MIN_TURNS + [0]  # four tokens in 11.2 ms are less than four times 2 ms
+    # Four tokens in 11.2 ms are less than four times one in 2 ms.
+    assert turns[: 2 * MIN_TURNS + 1] == [1] * 2 * MIN_TURNS + [0]
     assert sum(turns[2 * MIN_TURNS + 8 :]) <= 2 * PROBE_TURNS + 8
 
 

@@ -31,7 +31,7 @@ def projected_speed(document: Eval, figures: dict[str, Any], cost_ratio: float) 
 
 def accepted(figures: dict[str, float]) -> str:
     """Accepted drafts a block, and how far another sample of prompts would be off (a standard error)."""
-    error = figures.get("accepted_per_block_error")  # documents of before it was measured
+    error = figures.get("accepted_per_block_error")  # of a single response nobody knows
     return f"{figures['accepted_per_block']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
@@ -129,31 +129,32 @@ def configurations_table(evals: dict[str, Eval]) -> Table:
         (name, document, drafter_name, drafter, drafter["training"])
         for name, document in evals.items()
         for drafter_name, drafter in document["drafters"].items()
-        if drafter["type"] == "tandem" and drafter.get("training", {}).get("train_primary")
+        if drafter["type"] in ("tandem", "deep-tandem") and drafter.get("training", {}).get("train_primary")
     ]
-    trained = [_recipe(training) for *_, training in found if training["train_primary"] != "frozen"]
+    trained = [_recipe(of_one) for *_, of_one, training in found if training["train_primary"] != "frozen"]
     found.sort(key=lambda of_one: len(of_one[1]["drafters"]))  # what was measured for the comparison comes first
     rows, shown = [], set()
     for name, document, drafter_name, drafter, training in found:
-        row_of = (training["train_primary"], _recipe(training))
-        if _recipe(training) in trained and row_of not in shown:
+        row_of = (training["train_primary"], _recipe(drafter))
+        if _recipe(drafter) in trained and row_of not in shown:
             shown.add(row_of)
             length, text = nearest(drafter["text"]["block_lengths"], paper.TABLE_1_BLOCK_LENGTH)
             _, drafting = nearest(next(iter(drafter["drafting"].values()))["block_lengths"], 5)
             primary = document["primary"]
-            row = [name, drafter_name, training["train_primary"], f"{training['num_tokens']:,}"]
+            row = [name, drafter_name, drafter["type"], training["train_primary"], f"{training['num_tokens']:,}"]
             row += [f"{primary['loss']:.3f}", f"{primary['accuracy']:.2f}", length, *_measures(text)]
             rows.append([*row, accepted(drafting)])
-    columns = ("evaluation", "drafter", "primary", "tokens", "ML's loss", "ML's accuracy, %", "block length")
+    columns = ("evaluation", "drafter", "kind", "primary", "tokens", "ML's loss", "ML's accuracy, %", "block length")
     title = "Training configurations: primary frozen, trained by the drafter's loss, or by both"
     return Table(title, (*columns, *_MEASURE_NAMES, "accepted a block of 5"), rows)
 
 
-def _recipe(training: dict[str, Any]) -> tuple[Any, ...]:
+def _recipe(drafter: dict[str, Any]) -> tuple[Any, ...]:
     """What has to be the same of drafters whose configurations are compared."""
+    training = drafter["training"]
     budget = ("num_tokens", "layer_map", "block_lengths", "shape", "init_from", "sampled_tokens")
     loss = ("distillation_weight", "cross_entropy_share")
-    return tuple(str(training.get(key)) for key in (*budget, *loss))
+    return (drafter["type"], *(str(training.get(key)) for key in (*budget, *loss)))
 
 
 def by_domain(evals: dict[str, Eval]) -> dict[str, Eval]:

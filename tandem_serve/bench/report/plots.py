@@ -66,7 +66,7 @@ def _block_lengths(axes: Any, document: dict[str, Any]) -> None:
     for label, drafting in _lines(document):
         lengths = [int(g) for g in drafting["block_lengths"]]
         figures = list(drafting["block_lengths"].values())
-        errors = [f.get("accepted_per_block_error", 0.0) for f in figures]
+        errors = [f.get("accepted_per_block_error") or 0.0 for f in figures]
         axes[0].errorbar(
             lengths, [f["accepted_per_block"] for f in figures], errors, marker="o", capsize=2, label=label
         )
