@@ -28,10 +28,10 @@ from tests.engines import (
     a_request,
     drive,
     generate,
-    step_of,
     make_drafter_engine,
     make_engine,
     reference_tokens,
+    step_of,
     tiny_drafter,
     tiny_primary,
 )
