@@ -26,18 +26,29 @@ REST_TURNS, PROBE_TURNS, FIRST_REST = 64, 4, 8
 LOOK_TURNS = 256  # while drafts do pay, one turn in so many goes without: to see how fast the primary alone is
 _MAY_REST = 0.9  # of the primary's own speed: below that drafts rest, and go on above it
 
-_mean = partial(LinearCost, 0, decay=0.99)
+# What has been measured fades by so much a turn. Slowly: the rate that a draft competes with is that of many texts. A
+# rate of the last few rounds alone is high where drafts come easily, and would end blocks there that should go on.
+_DECAY = 0.995
+
+_mean = partial(LinearCost, 0, decay=_DECAY)
+
+
+@dataclass(slots=True)
+class _Counts:
+    rounds: float = 0.0
+    accepted: float = 0.0
+    rejected: float = 0.0  # rounds that ended with a wrong draft
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class _Class:
-    """Rounds with drafts of requests that resemble each other, in sums that fade."""
+    """Rounds with drafts of requests that resemble each other."""
 
     duration: LinearCost = field(default_factory=_mean)  # of a round
-    rounds: float = 0.0
-    accepted: float = 0.0
-    rejected: float = 0.0  # rounds that ended with a wrong draft
-    num_rounds: int = 0  # does not fade
+    present: _Counts = field(default_factory=_Counts)  # in this turn
+    past: _Counts = field(default_factory=_Counts)  # these fade
+    num_rounds: int = 0
     rests: bool = False  # the primary alone is faster
     rest_length: float = 0.0
     rest_until: float = 0.0  # a turn: PROBE_TURNS from then on draft
@@ -45,23 +56,33 @@ class _Class:
     rule: StoppingRule | None = None  # decided then; None: no drafts
 
     def add(self, outcome: Round) -> None:
-        decay = 0.99
-        self.num_rounds += 1
-        self.rounds = decay * self.rounds + 1
-        self.accepted = decay * self.accepted + outcome.num_accepted
-        self.rejected = decay * self.rejected + (outcome.num_accepted < outcome.num_drafts)
-        if not outcome.step.has_prompts:
-            self.duration.add((), outcome.seconds)
+        now = self.present
+        now.rounds += 1
+        now.accepted += outcome.num_accepted
+        now.rejected += outcome.num_accepted < outcome.num_drafts
+        now.seconds += outcome.seconds
+
+    def end_turn(self, *, has_prompts: bool) -> None:
+        now, past = self.present, self.past
+        if not now.rounds:
+            return
+        self.num_rounds += round(now.rounds)
+        past.rounds = _DECAY * past.rounds + now.rounds
+        past.accepted = _DECAY * past.accepted + now.accepted
+        past.rejected = _DECAY * past.rejected + now.rejected
+        if not has_prompts:
+            self.duration.add((), now.seconds / now.rounds)
+        self.present = _Counts()
 
     @property
     def rate(self) -> float:
         """Tokens a second of one sequence; 0 where not known."""
-        return (1 + self.accepted / self.rounds) / self.duration.mean if self.duration.mean else 0.0
+        return (1 + self.past.accepted / self.past.rounds) / self.duration.mean if self.duration.mean else 0.0
 
     @property
     def acceptance(self) -> float:
         """Share of drafts accepted among those that follow accepted ones."""
-        return max(self.accepted / max(self.accepted + self.rejected, 1e-9), 0.05)
+        return max(self.past.accepted / max(self.past.accepted + self.past.rejected, 1e-9), 0.05)
 
     def judge(self, gain: float, turn: float) -> None:
         """`gain`: its rate over the primary's alone."""
@@ -83,8 +104,10 @@ class _Load:
     for.
     """
 
-    verifying: LinearCost = field(default_factory=partial(LinearCost, 1, decay=0.99))  # a step, over its drafts
-    drafting: LinearCost = field(default_factory=partial(LinearCost, 2, decay=0.99))  # a wait, over steps and drafts
+    # A step, over sequences and drafts; a wait for drafts, over sequences, steps of the drafter and drafts. Sequences, for
+    # with fewer of them there are fewer drafts as well, and drafts would be taken for what made the difference.
+    verifying: LinearCost = field(default_factory=partial(LinearCost, 2, decay=_DECAY))
+    drafting: LinearCost = field(default_factory=partial(LinearCost, 3, decay=_DECAY))
     beside: LinearCost = field(default_factory=_mean)  # what a round takes besides those two
     # A step without drafts: a second row of a sequence takes longer than a third, so that line does not tell. There are
     # few of them while drafts pay, and each weighs much.
@@ -110,13 +133,13 @@ class _Load:
     def _decide(self, kind: _Class) -> StoppingRule | None:
         """How blocks of a class end in this turn; None: it goes without drafts."""
         if kind.num_rounds >= 2 * MIN_TURNS * self.num_running:
-            alone_s = self.alone.mean if self.alone.is_known else self.verifying.at((0,))
+            alone_s = self.alone.mean if self.alone.is_known else self.verifying.at((self.num_running, 0))
             kind.judge(kind.rate * (alone_s + self.beside.mean), self.turn)
             looks = self.turn % LOOK_TURNS < 1 or not self.alone.is_known
             if looks or (kind.rests and self.turn < kind.rest_until):
                 return None
-        step_s, making_s = self.drafting.slopes
-        (verifying_s,) = self.verifying.slopes
+        _, step_s, making_s = self.drafting.slopes
+        _, verifying_s = self.verifying.slopes
         waiting = kind.rate * self.num_running  # tokens that all would have written, a second
         threshold = waiting * (making_s + verifying_s) / kind.acceptance
         shares = threshold, waiting * verifying_s, kind.rate * step_s / kind.acceptance
@@ -131,15 +154,17 @@ class _Load:
         self.turn += size.num_sequences / max(self.num_running, 1)
         draft_s, beside_s = self.draft_s, self.beside_s
         self.draft_s = self.beside_s = 0.0
+        for kind in self.classes.values():
+            kind.end_turn(has_prompts=size.has_prompts)
         num_drafts = size.num_tokens - size.num_sequences
         if size.has_prompts:
             return
         if not num_drafts:
             self.alone.add((), seconds)
             return
-        self.verifying.add((num_drafts,), seconds)
+        self.verifying.add((size.num_sequences, num_drafts), seconds)
         if draft_s:
-            self.drafting.add((size.num_draft_steps, num_drafts), draft_s)
+            self.drafting.add((size.num_sequences, size.num_draft_steps, num_drafts), draft_s)
             self.beside.add((), max(beside_s - seconds, 0.0))
 
 

@@ -179,8 +179,8 @@ def choose_token_ids(
 
 
 def _choose(scores: Tensor, is_sampled: tuple[bool, ...]) -> Choice:
-    """The best id of each row [N, V]; the lowest id wins a tie (torch.argmax promises it)."""
-    return Choice(scores.argmax(dim=-1), is_sampled, lambda: _lead(scores), lambda: scores)
+    """The best id of each row [N, V]; the lowest id wins a tie (torch.max promises it, and is faster than argmax)."""
+    return Choice(scores.max(dim=-1).indices, is_sampled, lambda: _lead(scores), lambda: scores)
 
 
 def _lead(scores: Tensor) -> Tensor:
