@@ -119,7 +119,8 @@ def policies(
 ) -> None:
     """Fixed block lengths against adaptive policies, each at its tokens/s over the best fixed length's.
 
-    Every policy decodes the same requests, in turn. The best fixed length is chosen in hindsight, load by load.
+    Every policy decodes the same requests, a step of each in turn. The best fixed length is chosen in hindsight, load
+    by load.
     """
     from tandem_serve.bench.policies import PoliciesOptions, run_policies
     from tandem_serve.bench.tables import ProgressBar, print_policies

@@ -1,4 +1,6 @@
-"""Block policies against each other: the same requests under each, group by group in turn, in one process.
+"""Block policies against each other: the same requests under each, step by step in turn, in one process.
+
+A machine that others share is now faster, now slower by a tenth, for seconds: turns of a step each are all hit alike.
 
 With policies of the plain drafter among them (plain-drafter:fixed-5) that is SPEED as well, plain against tandem, each
 at its best block length, for several requests at once and for n > 1 too.
@@ -9,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,21 +130,48 @@ class _Group:
         )
 
 
+class OwnTime:
+    """A clock that stands still while others have their turns: engines learn costs from theirs."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._began: float | None = None
+
+    def __call__(self) -> float:
+        return self._seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds = self()
+        self._began = None
+
+
 class PolicyUnderTest:
     """One policy with engines of its own, on shared weights: what it learns of costs is its own, too."""
 
-    def __init__(self, name: str, primary: Any, info: Any, drafter: DrafterEngine, num_sequences: int) -> None:
+    def __init__(self, name: str, primary: Any, info: Any, drafters: _Drafters, num_sequences: int) -> None:
         self.name = name
+        self._clock = OwnTime()
+        drafter = drafters.engine(name, self._clock)
         kind, _, length = name.removeprefix(PLAIN).partition("-")
         self._policy, self._block_length = PolicyName(kind), int(length) if length else None
         config = PrimaryEngineConfig(max_num_seqs=num_sequences, kv_cache_tokens=1 << 20, draft_timeout_s=60.0)
         self._engine = TorchPrimary(
-            primary, info, config, link_factory=local_link_factory({"d": drafter}, synchronous=True)
+            primary,
+            info,
+            config,
+            link_factory=local_link_factory({"d": drafter}, synchronous=True),
+            clock=self._clock,
         )
         self._engine.set_drafters(["d"])
 
-    def run(self, requests: Sequence[GenerationRequest], num_at_once: int, *, steady: bool = False) -> GroupRun:
-        """Decodes the requests, num_at_once at a time: the next one takes the place of the first to end.
+    def run(
+        self, requests: Sequence[GenerationRequest], num_at_once: int, *, steady: bool = False
+    ) -> Generator[None, None, GroupRun]:
+        """Decodes the requests, num_at_once at a time: the next one takes the place of the first to end. Yields after
+        every step.
 
         Counted are the steps once each has its first token; `steady`, those that find every place decoding: prompts
         are left out in either case, and in the other the last steps as well, which a queue of requests does not have.
@@ -166,11 +195,13 @@ class PolicyUnderTest:
             submit_next()
         while self._engine.has_work:
             group.is_counting = group.num_decoding == num_at_once if steady else group.all_have_begun
-            began = time.perf_counter()
-            if not self._engine.step():
-                self._engine.wait()
+            began = self._clock()
+            with self._clock:
+                if not self._engine.step():
+                    self._engine.wait()
             if group.is_counting:
-                group.seconds += time.perf_counter() - began
+                group.seconds += self._clock() - began
+            yield
         return group.run()
 
     def close(self) -> None:
@@ -198,9 +229,7 @@ def run_policies(options: PoliciesOptions, announce: Callable[[int], Callable[[]
         raise ConfigError("nothing to measure: several samples need a temperature above 0")
     num_sequences = max(cell.batch * cell.n for cell in cells)
     drafters = _Drafters(options.pair)
-    contenders = [
-        PolicyUnderTest(name, primary, info, drafters.engine(name), num_sequences) for name in options.policies
-    ]
+    contenders = [PolicyUnderTest(name, primary, info, drafters, num_sequences) for name in options.policies]
     loads = [(cell, cell.groups(prompts, steady=options.steady)) for cell in cells]
     done = announce(sum(len(groups) for _, groups in loads) * len(contenders))
     measured = [
@@ -226,7 +255,7 @@ class _Drafters:
         self._loaded: dict[str, tuple[Any, Any]] = {}  # model and acceptance model by folder
         self.has_acceptance_model = False
 
-    def engine(self, policy: str) -> DrafterEngine:
+    def engine(self, policy: str, clock: Callable[[], float]) -> DrafterEngine:
         """The engine of a policy.
 
         Raises:
@@ -242,7 +271,7 @@ class _Drafters:
         self.has_acceptance_model |= acceptance is not None and name == "drafter"
         config = DrafterEngineConfig()
         info = drafter_info(folder, max_block_length=config.max_block_length)
-        return DrafterEngine(model, info, config, acceptance=acceptance)
+        return DrafterEngine(model, info, config, acceptance=acceptance, clock=clock)
 
 
 def measure_cell(
@@ -254,17 +283,27 @@ def measure_cell(
     *,
     steady: bool,
 ) -> dict[str, Any]:
-    """Runs every group of prompts under every policy, the order turning by one each time. The first warms up."""
+    """Runs every group of prompts under every policy, a step of each in turn. The first group warms up."""
     runs: dict[str, list[GroupRun]] = {contender.name: [] for contender in contenders}
     for turn in range(-1, len(groups)):
         requests = _requests(cell, groups[max(turn, 0)], max(turn, 0), max_tokens)
-        for place in range(len(contenders)):
-            contender = contenders[(turn + place) % len(contenders)]
-            run = contender.run(requests, cell.batch * cell.n, steady=steady)
+        for name, run in _in_turn({c.name: c.run(requests, cell.batch * cell.n, steady=steady) for c in contenders}):
             if turn >= 0:
-                runs[contender.name].append(run)
+                runs[name].append(run)
                 done()
     return {**vars(cell), "num_groups": len(groups), **_compare(runs)}
+
+
+def _in_turn(runs: Mapping[str, Generator[None, None, GroupRun]]) -> Iterator[tuple[str, GroupRun]]:
+    """Steps them in turn; each, by its name, as it ends."""
+    left = dict(runs)
+    while left:
+        for name, run in list(left.items()):
+            try:
+                next(run)
+            except StopIteration as ended:
+                del left[name]
+                yield name, ended.value
 
 
 def _requests(cell: Cell, prompts: Sequence[Prompt], turn: int, max_tokens: int) -> list[GenerationRequest]:

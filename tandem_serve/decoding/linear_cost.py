@@ -5,49 +5,74 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _RIDGE = 0.002  # weight of the guess beside the measurements: as much as sizes that vary by 4.5 % of their mean
+_RECENT = 0.8  # decay of what a sample is compared with, for the slopes
 _LARGEST_SURPRISE = 1.5  # a time is taken for at most so many times the expected: a pause of the machine is no cost
 _NUM_TRUSTED = 2.0  # samples, before anything is a surprise
+
+
+class _Means:
+    """Of sizes and seconds; samples fade."""
+
+    def __init__(self, num_sizes: int, decay: float) -> None:
+        self._decay = decay
+        self.weight = self.seconds = 0.0
+        self.sizes = [0.0] * num_sizes
+
+    def add(self, sizes: Sequence[float], seconds: float) -> None:
+        self.weight = self._decay * self.weight + 1
+        self.seconds += (seconds - self.seconds) / self.weight
+        for i, size in enumerate(sizes):
+            self.sizes[i] += (size - self.sizes[i]) / self.weight
 
 
 class LinearCost:
     """Least squares over samples that fade; no size makes anything faster.
 
-    Sizes that have not varied, or only together, cannot be told apart: then half of the mean is in proportion to
-    them, in equal shares.
+    Slopes come from how a sample differs from the few before it. A machine is now faster, now slower, for seconds, and
+    texts are now easier, now harder: over longer times sizes and seconds go together, or apart, by chance. Sizes that
+    have not varied, or only together, cannot be told apart: then half of the mean is in proportion to them, in equal
+    shares.
     """
 
     def __init__(self, num_sizes: int, *, decay: float) -> None:
         """Each sample weighs `decay` of what the next one does."""
         self._decay = decay
-        self._weight = self._seconds = 0.0
-        self._sizes = [0.0] * num_sizes
-        self._moments = [[0.0] * num_sizes for _ in range(num_sizes)]  # sums of products of two sizes
-        self._products = [0.0] * num_sizes  # sums of a size times seconds
+        self._means = _Means(num_sizes, decay)
+        self._recent = _Means(num_sizes, _RECENT)
+        self._weight = 0.0
+        self._moments = [[0.0] * num_sizes for _ in range(num_sizes)]  # of differences: sums of products of two sizes'
+        self._products = [0.0] * num_sizes  # and of a size's and the seconds'
         self._slopes: list[float] | None = None
 
     def add(self, sizes: Sequence[float], seconds: float) -> None:
         """A sample: seconds at these sizes."""
-        expected = self.at(sizes) if self._weight > _NUM_TRUSTED - 1 else 0.0
+        expected = self.at(sizes) if self._means.weight > _NUM_TRUSTED - 1 else 0.0
         if expected > 1e-6:
             seconds = min(seconds, _LARGEST_SURPRISE * expected)
-        d = self._decay
-        self._weight, self._seconds = d * self._weight + 1, d * self._seconds + seconds
-        for i, size in enumerate(sizes):
-            self._sizes[i] = d * self._sizes[i] + size
-            self._products[i] = d * self._products[i] + size * seconds
-            for j, other in enumerate(sizes):
-                self._moments[i][j] = d * self._moments[i][j] + size * other
+        if self._recent.weight:
+            self._compare(sizes, seconds)
+        self._means.add(sizes, seconds)
+        self._recent.add(sizes, seconds)
         self._slopes = None
+
+    def _compare(self, sizes: Sequence[float], seconds: float) -> None:
+        changes = [size - mean for size, mean in zip(sizes, self._recent.sizes, strict=True)]
+        change_s = seconds - self._recent.seconds
+        self._weight = self._decay * self._weight + 1
+        for i, change in enumerate(changes):
+            self._products[i] = self._decay * self._products[i] + change * change_s
+            for j, other in enumerate(changes):
+                self._moments[i][j] = self._decay * self._moments[i][j] + change * other
 
     @property
     def is_known(self) -> bool:
         """Whether anything has been measured."""
-        return self._weight > 0
+        return self._means.weight > 0
 
     @property
     def mean(self) -> float:
         """Seconds, over the samples that there have been."""
-        return self._seconds / self._weight if self._weight else 0.0
+        return self._means.seconds
 
     @property
     def slopes(self) -> list[float]:
@@ -58,16 +83,15 @@ class LinearCost:
 
     def at(self, sizes: Sequence[float]) -> float:
         """Expected seconds; 0 where nothing is known."""
-        if not self._weight:
+        if not self.is_known:
             return 0.0
-        means = (total / self._weight for total in self._sizes)
-        moves = zip(self.slopes, sizes, means, strict=True)
+        moves = zip(self.slopes, sizes, self._means.sizes, strict=True)
         return max(self.mean + sum(slope * (size - mean) for slope, size, mean in moves), 0.0)
 
     def _fitted(self) -> list[float]:
         """The slopes; where one comes out negative it is 0, and the others are fitted again."""
-        slopes = [0.0] * len(self._sizes)
-        used = [i for i, total in enumerate(self._sizes) if total > 0]
+        slopes = [0.0] * len(self._means.sizes)
+        used = [i for i, mean in enumerate(self._means.sizes) if mean > 0]
         while used:
             found = dict(zip(used, self._solved(used), strict=True))
             wrong = min(found, key=lambda i: found[i])
@@ -79,15 +103,15 @@ class LinearCost:
         return slopes
 
     def _solved(self, used: list[int]) -> list[float]:
-        """Ridge regression on centred, relative sizes, towards the guess."""
-        n, mean = self._weight, self.mean
-        means = [self._sizes[i] / n for i in used]
-        guess = mean / 2 / len(used)  # of a size's own relative slope
+        """Ridge regression on sizes relative to their means, towards the guess."""
+        n = max(self._weight, 1.0)
+        means = [self._means.sizes[i] for i in used]
+        guess = self.mean / 2 / len(used)  # of a size's own relative slope
         rows = []
         for a, i in enumerate(used):
-            row = [(self._moments[i][j] / n) / (means[a] * means[b]) - 1 for b, j in enumerate(used)]
+            row = [self._moments[i][j] / n / (means[a] * means[b]) for b, j in enumerate(used)]
             row[a] += _RIDGE
-            rows.append([*row, (self._products[i] / n) / means[a] - mean + _RIDGE * guess])
+            rows.append([*row, self._products[i] / n / means[a] + _RIDGE * guess])
         return [slope / size for slope, size in zip(_solve(rows), means, strict=True)]
 
 

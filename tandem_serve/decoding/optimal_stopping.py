@@ -104,8 +104,8 @@ class _Load:
     for.
     """
 
-    # A step, over sequences and drafts; a wait for drafts, over sequences, steps of the drafter and drafts. Sequences, for
-    # with fewer of them there are fewer drafts as well, and drafts would be taken for what made the difference.
+    # A step, over sequences and drafts; a wait for drafts, over sequences, steps of the drafter and drafts. Sequences,
+    # for with fewer of them there are fewer drafts as well, which would be taken for what made the difference.
     verifying: LinearCost = field(default_factory=partial(LinearCost, 2, decay=_DECAY))
     drafting: LinearCost = field(default_factory=partial(LinearCost, 3, decay=_DECAY))
     beside: LinearCost = field(default_factory=_mean)  # what a round takes besides those two

@@ -117,6 +117,20 @@ def test_every_policy_writes_the_same_text(pair: Path, report: dict[str, Any]) -
         assert cell["policies"]["fixed-1"]["drafts_a_round"] <= 1
 
 
+def test_a_steady_load_counts_full_steps_alone(pair: Path, report: dict[str, Any]) -> None:
+    out = pair / "steady.json"
+    options = ["--pair", str(pair), "--prompts", str(pair / "prompts.jsonl"), "--max-tokens", "16", "--json", str(out)]
+    load = ["--steady", "--batch", "1", "--samples", "1,3", "--policies", "fixed-2,optimal", "--temperature", "0.8"]
+    result = CliRunner().invoke(cli_bench.app, ["policies", *options, *load])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    assert [(cell["n"], cell["num_groups"]) for cell in figures["cells"]] == [(1, 1), (3, 1)]
+    for cell in figures["cells"]:
+        assert all(policy["identical_groups"] == 1 for policy in cell["policies"].values())
+    result = CliRunner().invoke(cli_bench.app, ["policies", *options, *load[:1], "--batch", "2"])
+    assert result.exit_code != 0 and "--batch 2 needs 6 prompts at least" in result.output
+
+
 def test_standalone_modes_range_from_ml_to_ms(pair: Path) -> None:
     """What they write is tested with the engine; here, that each figure is of the right mode."""
     out = pair / "standalone.json"

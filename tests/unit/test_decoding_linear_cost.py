@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -65,3 +66,13 @@ def test_a_pause_of_the_machine_is_no_cost_from_the_third_sample_on() -> None:
 def test_what_is_unknown_is_nothing() -> None:
     cost = LinearCost(2, decay=0.99)
     assert not cost.is_known and cost.mean == 0 and cost.at((3, 4)) == 0 and cost.slopes == [0, 0]
+
+
+def test_slopes_are_not_swayed_by_a_machine_that_is_now_faster_now_slower() -> None:
+    """Sizes rise and fall with the machine's speed, over some 50 samples: by chance, and for no more than a while."""
+    rng, cost = random.Random(1), LinearCost(1, decay=0.99)
+    for i in range(300):
+        tide = math.sin(i / 25)
+        size = 20 + 4 * tide + rng.gauss(0, 4)
+        cost.add((size,), 15 - 3 * tide + 0.3 * size)
+    assert cost.slopes[0] == pytest.approx(0.3, abs=0.05)

@@ -60,7 +60,13 @@ def greedy(logits: Tensor) -> Choice:
     rules=st.lists(
         st.one_of(
             st.none(),
-            st.builds(StoppingRule, st.sampled_from(ADAPTIVE), st.one_of(st.none(), st.floats(0, 1)), st.floats(0, 1)),
+            st.builds(
+                StoppingRule,
+                st.sampled_from(ADAPTIVE),
+                st.one_of(st.none(), st.floats(0, 1)),
+                st.floats(0, 1),
+                st.sampled_from([0.0, 0.2]),
+            ),
         ),
         min_size=1,
         max_size=6,
@@ -72,7 +78,6 @@ def test_each_block_is_judged_by_its_own_rule_whatever_the_batch(rules: list[Sto
     together = Stopping(rules, DEFAULT_THRESHOLDS)
     assert bool(together) == any(rule is not None for rule in rules)
     goes_on = together.judge(range(len(rules)), [True] * len(rules), scores_by_policy, logits, greedy(logits))
-    costs = [r for r in rules if r is not None and r.policy is PolicyName.OPTIMAL and r.keep_threshold > 0]
     for row, rule in enumerate(rules):
         if rule is None:
             assert goes_on[row] and together.is_kept(row)
@@ -80,8 +85,10 @@ def test_each_block_is_judged_by_its_own_rule_whatever_the_batch(rules: list[Sto
         own = logits[row : row + 1]
         (score,) = scores_by_policy(rule.policy, own, greedy(own))
         threshold = DEFAULT_THRESHOLDS[rule.policy] if rule.threshold is None else rule.threshold
-        if not (rule in costs and len(costs) > 1):
-            assert goes_on[row] == (score >= threshold)
+        if rule.step_cost and len(rules) > 1:
+            assert not goes_on[row] or score >= threshold
+        else:
+            assert goes_on[row] == (score >= threshold and score - threshold >= rule.step_cost)
         assert together.is_kept(row) == (score >= rule.keep_threshold)
 
 
@@ -98,7 +105,7 @@ def test_optimal_stopping_goes_by_the_chance_that_all_drafts_so_far_are_right() 
 
 
 def test_blocks_under_optimal_stopping_go_on_while_together_they_pay_for_the_step() -> None:
-    rule = StoppingRule(PolicyName.OPTIMAL, threshold=0.5, keep_threshold=0.1)
+    rule = StoppingRule(PolicyName.OPTIMAL, threshold=0.1, keep_threshold=0.02, step_cost=0.4)
     logits = torch.zeros(4, 3)
 
     def judged(*scores: float, may_go_on: Sequence[bool] = (True,) * 4) -> list[bool]:
