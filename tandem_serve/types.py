@@ -311,7 +311,8 @@ class StoppingRule:
     kept if its score is at least keep_threshold.
 
     A step_cost is what a further step of the drafter costs this block, whichever blocks it drafts for: blocks that name
-    one share their steps, which are made while what the scores exceed their thresholds by is as much as all of it.
+    one share their steps, which are made while what the scores exceed their thresholds by is as much as all of it, or
+    while another block goes on in any case.
     """
 
     policy: PolicyName  # any but fixed

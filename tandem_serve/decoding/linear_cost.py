@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 _RIDGE = 0.002  # weight of the guess beside the measurements: as much as sizes that vary by 4.5 % of their mean
 _RECENT = 0.8  # decay of what a sample is compared with, for the slopes
-_LARGEST_SURPRISE = 1.5  # a time is taken for at most so many times the expected: a pause of the machine is no cost
-_NUM_TRUSTED = 2.0  # samples, before anything is a surprise
+_FIT_EVERY = 8  # samples, where nobody asks for the slopes
+_NUM_TRUSTED = 1.5  # weight of samples, before anything is a surprise
 
 
 class _Means:
@@ -34,26 +34,42 @@ class LinearCost:
     shares.
     """
 
-    def __init__(self, num_sizes: int, *, decay: float) -> None:
-        """Each sample weighs `decay` of what the next one does."""
-        self._decay = decay
+    def __init__(
+        self, num_sizes: int, *, decay: float, ridge: float = _RIDGE, largest_surprise: float = 1.5
+    ) -> None:
+        """Each sample weighs `decay` of what the next one does. A time is taken for at most largest_surprise times the
+        expected, since a pause of the machine is no cost; unless it comes twice in a row."""
+        self._decay, self._ridge, self._largest_surprise = decay, ridge, largest_surprise
+        self._was_surprise = False
         self._means = _Means(num_sizes, decay)
         self._recent = _Means(num_sizes, _RECENT)
         self._weight = 0.0
         self._moments = [[0.0] * num_sizes for _ in range(num_sizes)]  # of differences: sums of products of two sizes'
         self._products = [0.0] * num_sizes  # and of a size's and the seconds'
-        self._slopes: list[float] | None = None
+        self._slopes = [0.0] * num_sizes
+        self._num_unfitted = 0  # samples since
 
     def add(self, sizes: Sequence[float], seconds: float) -> None:
         """A sample: seconds at these sizes."""
-        expected = self.at(sizes) if self._means.weight > _NUM_TRUSTED - 1 else 0.0
-        if expected > 1e-6:
-            seconds = min(seconds, _LARGEST_SURPRISE * expected)
+        if self._num_unfitted >= min(self._weight, _FIT_EVERY):
+            self._fit()
+        limit = self._largest_surprise * self._expected(sizes)
+        is_surprise = self._means.weight >= _NUM_TRUSTED and 1e-6 < limit < seconds
+        if is_surprise and not self._was_surprise:
+            seconds = limit
+        self._was_surprise = is_surprise
         if self._recent.weight:
             self._compare(sizes, seconds)
         self._means.add(sizes, seconds)
         self._recent.add(sizes, seconds)
-        self._slopes = None
+        self._num_unfitted += 1
+
+    def fade(self, share: float) -> None:
+        """Keeps that share of all samples' weight."""
+        self._means.weight *= share
+        self._weight *= share
+        self._products = [share * product for product in self._products]
+        self._moments = [[share * moment for moment in row] for row in self._moments]
 
     def _compare(self, sizes: Sequence[float], seconds: float) -> None:
         changes = [size - mean for size, mean in zip(sizes, self._recent.sizes, strict=True)]
@@ -77,16 +93,22 @@ class LinearCost:
     @property
     def slopes(self) -> list[float]:
         """Seconds for one more of each size."""
-        if self._slopes is None:
-            self._slopes = self._fitted()
+        self._fit()
         return self._slopes
 
     def at(self, sizes: Sequence[float]) -> float:
         """Expected seconds; 0 where nothing is known."""
-        if not self.is_known:
-            return 0.0
-        moves = zip(self.slopes, sizes, self._means.sizes, strict=True)
+        self._fit()
+        return self._expected(sizes)
+
+    def _expected(self, sizes: Sequence[float]) -> float:
+        """By the slopes as they were fitted last."""
+        moves = zip(self._slopes, sizes, self._means.sizes, strict=True)
         return max(self.mean + sum(slope * (size - mean) for slope, size, mean in moves), 0.0)
+
+    def _fit(self) -> None:
+        if self._num_unfitted:
+            self._slopes, self._num_unfitted = self._fitted(), 0
 
     def _fitted(self) -> list[float]:
         """The slopes; where one comes out negative it is 0, and the others are fitted again."""
@@ -110,8 +132,8 @@ class LinearCost:
         rows = []
         for a, i in enumerate(used):
             row = [self._moments[i][j] / n / (means[a] * means[b]) for b, j in enumerate(used)]
-            row[a] += _RIDGE
-            rows.append([*row, self._products[i] / n / means[a] + _RIDGE * guess])
+            row[a] += self._ridge
+            rows.append([*row, self._products[i] / n / means[a] + self._ridge * guess])
         return [slope / size for slope, size in zip(_solve(rows), means, strict=True)]
 
 

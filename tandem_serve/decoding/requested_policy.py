@@ -36,9 +36,13 @@ class RequestedPolicy:
         length = min(max(wanted, 0), self.maximum)
         if policy is PolicyName.FIXED or length == 0:
             return BlockPlan(length)
-        if policy is PolicyName.OPTIMAL and request.threshold is None:
+        if self._is_planned(request):
             return self.optimal.plan(request, length, num_requests_running)
         return BlockPlan(length, StoppingRule(policy, request.threshold))
+
+    def _is_planned(self, request: GenerationRequest) -> bool:
+        """Whether how long its blocks are follows from what they cost."""
+        return (request.policy or self.policy) is PolicyName.OPTIMAL and request.threshold is None
 
     def observe_step(self, size: StepSize, seconds: float) -> None:
         """See LearningPolicy."""
@@ -46,5 +50,5 @@ class RequestedPolicy:
 
     def observe_round(self, request: GenerationRequest, outcome: Round) -> None:
         """See LearningPolicy."""
-        if (request.policy or self.policy) is PolicyName.OPTIMAL:
+        if self._is_planned(request):
             self.optimal.observe_round(request, outcome)

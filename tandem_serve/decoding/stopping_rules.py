@@ -134,20 +134,26 @@ class Stopping:
                 compounds = block.policy is PolicyName.OPTIMAL
                 block.score = scores[block.policy][row] * (block.score if compounds else 1.0)
         blocks = [self._blocks[number] for number in which]
-        gain = sum(
-            max(block.score - block.threshold, 0.0)
+        wished = [
+            may and (block is None or block.score >= block.threshold)
             for block, may in zip(blocks, may_go_on, strict=True)
-            if may and block is not None and block.step_cost
-        )
-        pays = gain >= self._step_cost
-        return [may and self._goes_on(block, pays) for block, may in zip(blocks, may_go_on, strict=True)]
+        ]
+        pays = self._pays([block for block, wishes in zip(blocks, wished, strict=True) if wishes])
+        return [
+            wishes and (pays or block is None or not block.step_cost)
+            for block, wishes in zip(blocks, wished, strict=True)
+        ]
 
     def is_kept(self, number: int) -> bool:
         """Of a block that ends: whether its last draft is worth verifying."""
         block = self._blocks[number]
         return block is None or block.score >= block.keep_threshold
 
-    def _goes_on(self, block: _Block | None, pays: bool) -> bool:
-        if block is None:
-            return True
-        return block.score >= block.threshold and (pays or not block.step_cost)
+    def _pays(self, wishing: Sequence[_Block | None]) -> bool:
+        """Whether a further step is worth what it costs; one that is made for others in any case costs nothing more."""
+        gain = 0.0
+        for block in wishing:
+            if block is None or not block.step_cost:
+                return True
+            gain += block.score - block.threshold
+        return gain >= self._step_cost

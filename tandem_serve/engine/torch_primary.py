@@ -199,7 +199,8 @@ class TorchPrimary:
             size, started = _step_size(runs), self._clock()
             has_run = self._run_or_fail(runs, size)
             if has_run:
-                self._policy.observe_step(size, self._clock() - started)
+                with self._costing_drafts_only():
+                    self._policy.observe_step(size, self._clock() - started)
             elapsed = self._clock() - now
             self.metrics.step_time.observe(elapsed)
             if size.num_draft_steps:
@@ -368,7 +369,9 @@ class TorchPrimary:
         draft_s = None if spec is None or sequence.is_standalone else spec.draft_s
         if draft_s is not None and sequence.last_token_at_s is not None:
             seconds = self._clock() - sequence.last_token_at_s
-            self._policy.observe_round(sequence.request, Round(num_drafts, num_accepted, size, draft_s, seconds))
+            outcome_of_round = Round(num_drafts, num_accepted, size, draft_s, seconds)
+            with self._costing_drafts_only():
+                self._policy.observe_round(sequence.request, outcome_of_round)
         self._grow(sequence, outcome.token_ids, num_accepted, num_drafts, logits)
 
     def _grow(

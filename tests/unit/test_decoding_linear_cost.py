@@ -6,13 +6,15 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tandem_serve.decoding.linear_cost import LinearCost
 
 
 @given(st.floats(0, 0.1), st.floats(0, 0.01), st.floats(0, 0.1), st.floats(0.001, 0.01))
+@example(1e-5, 0, 0.1, 0.001)
+@example(0, 1e-5, 0, 0.01)
 def test_costs_are_learnt_and_learnt_anew(a: float, b: float, later_a: float, later_b: float) -> None:
     cost = LinearCost(1, decay=0.98)
     for first, slope, rounds in ((a, b, 50), (later_a, later_b, 600)):
@@ -55,12 +57,23 @@ def test_nothing_gets_faster_by_a_size() -> None:
     assert cost.slopes[0] == 0 and cost.slopes[1] == pytest.approx(1, rel=0.4)
 
 
-def test_a_pause_of_the_machine_is_no_cost_from_the_third_sample_on() -> None:
+def test_a_pause_of_the_machine_is_no_cost_unless_it_comes_twice_in_a_row() -> None:
     cost = LinearCost(0, decay=0.8)
-    cost.add((), 0.01)
-    cost.add((), 0.01)
-    cost.add((), 10.0)
-    assert cost.mean < 0.02
+    for seconds in (0.01, 0.01, 10.0, 0.01, 10.0, 0.01):
+        cost.add((), seconds)
+    assert cost.mean < 0.013
+    for _ in range(20):
+        cost.add((), 10.0)
+    assert cost.mean > 9
+
+
+def test_what_fades_weighs_less_than_what_comes() -> None:
+    cost = LinearCost(0, decay=1.0, largest_surprise=9.0)
+    for _ in range(10):
+        cost.add((), 1.0)
+    cost.fade(0.1)
+    cost.add((), 2.0)
+    assert cost.mean == pytest.approx(1.5)
 
 
 def test_what_is_unknown_is_nothing() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tandem_serve.decoding.block_policy import BlockPlan, Round, StepSize
 from tandem_serve.decoding.optimal_stopping import (
+    FIRST_LOOKS,
     FIRST_LENGTH,
     LOOK_TURNS,
     MIN_TURNS,
@@ -74,14 +75,16 @@ def test_thresholds_are_times_in_tokens(batch: int) -> None:
     simulation = Simulation(0.8, 0.0001, 0.0002, step_s=0.0004, batch=batch)
     simulation.run(400)
     threshold, keep, step_cost = rule_of(simulation.policy.plan(simulation.requests[0], 16, batch))
-    kind = simulation.policy._load.of(simulation.requests[0])
-    rate = kind.rate
+    load = simulation.policy._load
+    assert load is not None
+    kind = load.of(simulation.requests[0])
+    rate, acceptance = kind.rate(batch), kind.past.accepted / (kind.past.accepted + kind.past.rejected)
     # With one sequence a step and a draft are the same thing: the sum of what they cost counts.
-    whole = rate * (0.0004 + batch * (0.0001 + 0.0002)) / kind.acceptance
+    whole = rate * (0.0004 + batch * (0.0001 + 0.0002)) / acceptance
     assert threshold + step_cost == pytest.approx(whole, rel=0.15)
     assert keep == pytest.approx(batch * rate * 0.0002, rel=0.15)
     if batch > 1:
-        assert step_cost == pytest.approx(rate * 0.0004 / kind.acceptance, rel=0.3)
+        assert step_cost == pytest.approx(rate * 0.0004 / acceptance, rel=0.3)
 
 
 def test_a_batch_that_shrinks_is_learnt_anew() -> None:
@@ -116,8 +119,50 @@ def test_all_of_a_batch_rest_and_probe_together(batch: int, num_others: int) -> 
 def test_where_drafts_pay_all_look_together_at_a_round_without(batch: int, num_others: int) -> None:
     simulation = Simulation(0.95, 0.0001, 0.0001, batch=batch)
     turns = [{plan.block_length > 0 for plan in simulation.turn(num_others=num_others)} for _ in range(3 * LOOK_TURNS)]
-    assert turns.count({False}) == 3 and turns.count({True}) == 3 * LOOK_TURNS - 3
-    assert turns.index({False}) <= 2 * MIN_TURNS * (1 + num_others)  # the first one as soon as anything is concluded
+    first = 2 * MIN_TURNS
+    looks = [*range(first, first + FIRST_LOOKS), first + LOOK_TURNS, first + 2 * LOOK_TURNS]
+    assert [turn for turn, drafts in enumerate(turns) if drafts == {False}] == looks
+    assert all(drafts == {True} for turn, drafts in enumerate(turns) if turn not in looks)
+
+
+def test_beside_others_that_always_draft_there_is_no_judging_but_drafts_go_on() -> None:
+    """Their drafts are in the step of a look as well: it tells nothing."""
+    policy, requests = OptimalStopping(), [a_request("a"), a_request("b", sampling=SAMPLED)]
+    drafted = 0
+    for _ in range(1000):
+        plans = [policy.plan(request, 16, 4) for request in requests]
+        lengths = [min(plan.block_length, 4) for plan in plans]
+        size = step_of(*lengths, 5, 5)
+        for request, length in zip(requests, lengths, strict=True):
+            if length:
+                policy.observe_round(request, Round(length, length - 1, size, 0.004, 0.014))
+        policy.observe_step(size, 0.01)
+        drafted += all(lengths)
+    assert drafted > 990
+
+
+def test_steps_of_others_alone_say_nothing() -> None:
+    simulation = Simulation(0.8, 0.0003, 0.0002)
+    simulation.run(100)
+    before = rule_of(simulation.turn()[0])
+    for _ in range(500):
+        simulation.policy.observe_step(step_of(*[0] * 64), 0.07)
+        simulation.policy.observe_step(step_of(*[5] * 64), 0.09)
+    assert rule_of(simulation.turn()[0]) == pytest.approx(before, rel=0.03)
+
+
+def test_one_slow_look_does_not_decide_for_long() -> None:
+    simulation = Simulation(0.05, 0.002, 0.002)
+    simulation.run(2 * MIN_TURNS)
+    simulation.policy.plan(simulation.requests[0], 16, 1)
+    simulation.policy.observe_step(step_of(0), 0.5)  # where 4 ms are usual
+    plans = simulation.run(REST_TURNS)
+    assert sum(plan.block_length == 0 for plan in plans) > REST_TURNS / 2
+
+
+def test_a_lone_sequence_is_judged_by_one_threshold() -> None:
+    plan = Simulation(0.8, 0.0001, 0.0002, step_s=0.0004).run(100)[-1]
+    assert rule_of(plan)[2] == 0
 
 
 def test_one_look_tells_how_fast_the_primary_alone_is() -> None:

@@ -1,4 +1,4 @@
-"""When a block ends: scores, and rules that judge each block of a batch alone."""
+"""When a block ends: scores, and rules that judge blocks alone or, where they share steps, together."""
 
 from __future__ import annotations
 
@@ -73,11 +73,19 @@ def greedy(logits: Tensor) -> Choice:
     ),
     seed=st.integers(0, 99),
 )
-def test_each_block_is_judged_by_its_own_rule_whatever_the_batch(rules: list[StoppingRule | None], seed: int) -> None:
+def test_blocks_are_judged_by_their_own_rules_unless_they_share_steps(rules: list[StoppingRule | None], seed: int) -> None:
     logits = torch.randn(len(rules), 9, generator=torch.Generator().manual_seed(seed)) * 3
     together = Stopping(rules, DEFAULT_THRESHOLDS)
     assert bool(together) == any(rule is not None for rule in rules)
     goes_on = together.judge(range(len(rules)), [True] * len(rules), scores_by_policy, logits, greedy(logits))
+    others_go_on = any(g for g, rule in zip(goes_on, rules, strict=True) if rule is None or not rule.step_cost)
+    gain = 0.0
+    for row, rule in enumerate(rules):
+        if rule is not None and rule.step_cost:
+            threshold = DEFAULT_THRESHOLDS[rule.policy] if rule.threshold is None else rule.threshold
+            (score,) = scores_by_policy(rule.policy, logits[row : row + 1], greedy(logits[row : row + 1]))
+            gain += max(score - threshold, 0.0)
+    pays = others_go_on or gain >= sum(rule.step_cost for rule in rules if rule is not None)
     for row, rule in enumerate(rules):
         if rule is None:
             assert goes_on[row] and together.is_kept(row)
@@ -85,10 +93,7 @@ def test_each_block_is_judged_by_its_own_rule_whatever_the_batch(rules: list[Sto
         own = logits[row : row + 1]
         (score,) = scores_by_policy(rule.policy, own, greedy(own))
         threshold = DEFAULT_THRESHOLDS[rule.policy] if rule.threshold is None else rule.threshold
-        if rule.step_cost and len(rules) > 1:
-            assert not goes_on[row] or score >= threshold
-        else:
-            assert goes_on[row] == (score >= threshold and score - threshold >= rule.step_cost)
+        assert goes_on[row] == (score >= threshold and (pays or not rule.step_cost))
         assert together.is_kept(row) == (score >= rule.keep_threshold)
 
 
@@ -104,20 +109,22 @@ def test_optimal_stopping_goes_by_the_chance_that_all_drafts_so_far_are_right() 
     ]
 
 
-def test_blocks_under_optimal_stopping_go_on_while_together_they_pay_for_the_step() -> None:
+def test_blocks_that_share_steps_go_on_while_together_they_pay_for_them() -> None:
     rule = StoppingRule(PolicyName.OPTIMAL, threshold=0.1, keep_threshold=0.02, step_cost=0.4)
+    alone = StoppingRule(PolicyName.ROUTER, threshold=0.5)
     logits = torch.zeros(4, 3)
 
     def judged(*scores: float, may_go_on: Sequence[bool] = (True,) * 4) -> list[bool]:
-        stopping = Stopping([rule, None, rule, rule], DEFAULT_THRESHOLDS)
+        stopping = Stopping([rule, alone, rule, rule], DEFAULT_THRESHOLDS)
         return stopping.judge(range(4), may_go_on, Scores(*scores), logits, greedy(logits))
 
-    assert judged(0.9, 0, 0.6, 0.05) == [True, True, True, False]  # gains of 0.8 and 0.5 against three times 0.4
-    assert judged(0.9, 0, 0.4, 0.05) == [False, True, False, False]
-    assert judged(0.9, 0, 0.6, 0.05, may_go_on=(False, True, True, True)) == [False, True, False, False]
+    assert judged(0.9, 0, 0.6, 0.05) == [True, False, True, False]  # gains of 0.8 and 0.5 against three times 0.4
+    assert judged(0.9, 0, 0.4, 0.05) == [False, False, False, False]
+    assert judged(0.9, 0, 0.6, 0.05, may_go_on=(False, True, True, True)) == [False, False, False, False]
+    assert judged(0.9, 0.6, 0.4, 0.05) == [True, True, True, False]  # there is a step in any case
     # Those that have ended still wait: the step costs them time, too.
-    stopping = Stopping([rule, None, rule, rule], DEFAULT_THRESHOLDS)
-    assert stopping.judge((0, 1), (True, True), Scores(0.99, 0), logits, greedy(logits)) == [False, True]
+    stopping = Stopping([rule, alone, rule, rule], DEFAULT_THRESHOLDS)
+    assert stopping.judge((0, 1), (True, True), Scores(0.99, 0), logits, greedy(logits)) == [False, False]
 
 
 class Scores:
