@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from tandem_serve.models.checkpoint import (
     primary_info,
 )
 from tandem_serve.models.inflate import inflate
-from tandem_serve.types import GenerationRequest, GenerationStep, PolicyName, SamplingParams
+from tandem_serve.types import FinishReason, GenerationRequest, GenerationStep, PolicyName, SamplingParams
 
 FIXED, PLAIN = "fixed-", "plain-drafter:"
 Prompt = tuple[int, ...]
@@ -94,34 +94,41 @@ class GroupRun:
 
 
 class _Group:
-    """A group of requests as it is decoded."""
+    """A group of requests as it is decoded, with others of which only the steps count."""
 
     def __init__(self, requests: Sequence[GenerationRequest]) -> None:
-        self._texts: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        self._names = [request.request_id for request in requests]
+        self._texts: dict[str, list[int]] = {}
+        self._ended: set[str] = set()
         self._counted: list[GenerationStep] = []
-        self._num_ended = 0
+        self.error: TandemError | None = None
         self.is_counting = False  # of the present step
         self.seconds = 0.0  # of all that are counted
 
     @property
     def all_have_begun(self) -> bool:
         """Whether each has its first token."""
-        return all(self._texts.values())
+        return all(name in self._texts for name in self._names)
 
     @property
-    def num_decoding(self) -> int:
-        """Of those that have a token, how many want more."""
-        return sum(map(bool, self._texts.values())) - self._num_ended
+    def has_ended(self) -> bool:
+        return self._ended.issuperset(self._names)
+
+    @property
+    def decoding(self) -> list[str]:
+        """Those that have a token, and want more."""
+        return [name for name in self._texts if name not in self._ended]
 
     def add(self, step: GenerationStep) -> None:
-        self._texts[step.request_id] += step.token_ids
-        self._num_ended += step.finish_reason is not None
+        self._texts.setdefault(step.request_id, []).extend(step.token_ids)
+        if step.finish_reason is not None:
+            self._ended.add(step.request_id)
         if self.is_counting:
             self._counted.append(step)
 
     def run(self) -> GroupRun:
         return GroupRun(
-            texts=tuple(map(tuple, self._texts.values())),
+            texts=tuple(tuple(self._texts[name]) for name in self._names),
             num_tokens=sum(len(step.token_ids) for step in self._counted),
             num_rounds=len(self._counted),
             num_drafts=sum(step.num_draft_tokens for step in self._counted),
@@ -170,39 +177,55 @@ class PolicyUnderTest:
     def run(
         self, requests: Sequence[GenerationRequest], num_at_once: int, *, steady: bool = False
     ) -> Generator[None, None, GroupRun]:
-        """Decodes the requests, num_at_once at a time: the next one takes the place of the first to end. Yields after
-        every step.
+        """Decodes the requests, num_at_once at a time, and yields after every step.
 
-        Counted are the steps once each has its first token; `steady`, those that find every place decoding: prompts
-        are left out in either case, and in the other the last steps as well, which a queue of requests does not have.
+        They begin together, and the steps count that find all of them decoding or ended. Or the load is `steady`: the
+        next one takes the place of the first to end, after the last of them the first again until all have ended, and
+        the steps count that find every place decoding. The first step behind one with prompts does not count: in it a
+        drafter takes them in.
         """
         group = _Group(requests)
-        waiting = deque(requests)
+        queue = iter(_again_and_again(requests) if steady else requests)
+        submitted: list[str] = []
 
         def submit_next() -> None:
-            if waiting:
-                request = replace(waiting.popleft(), policy=self._policy, block_length=self._block_length)
-                self._engine.submit(request, sink)
+            request = next(queue, None)
+            if request is not None:
+                submitted.append(request.request_id)
+                self._engine.submit(replace(request, policy=self._policy, block_length=self._block_length), sink)
 
         def sink(item: GenerationStep | TandemError) -> None:
             if isinstance(item, TandemError):
-                raise item
+                group.error = item
+                return
             group.add(item)
-            if item.finish_reason is not None:
+            if item.finish_reason not in (None, FinishReason.ABORT):
                 submit_next()
 
-        for _ in range(num_at_once):
-            submit_next()
-        while self._engine.has_work:
-            group.is_counting = group.num_decoding == num_at_once if steady else group.all_have_begun
-            began = self._clock()
-            with self._clock:
-                if not self._engine.step():
-                    self._engine.wait()
-            if group.is_counting:
-                group.seconds += self._clock() - began
-            yield
+        try:
+            for _ in range(num_at_once):
+                submit_next()
+            was_ready = False
+            while not group.has_ended:
+                is_ready = len(group.decoding) == num_at_once if steady else group.all_have_begun
+                group.is_counting, was_ready = is_ready and was_ready, is_ready
+                self._step(group)
+                if group.error is not None:
+                    raise group.error
+                yield
+        finally:
+            for name in submitted:
+                self._engine.abort(name)  # what has ended is not touched
+            self._engine.step()
         return group.run()
+
+    def _step(self, group: _Group) -> None:
+        began = self._clock()
+        with self._clock:
+            if not self._engine.step() and group.error is None:
+                self._engine.wait()
+        if group.is_counting:
+            group.seconds += self._clock() - began
 
     def close(self) -> None:
         self._engine.close()
@@ -229,8 +252,8 @@ def run_policies(options: PoliciesOptions, announce: Callable[[int], Callable[[]
         raise ConfigError("nothing to measure: several samples need a temperature above 0")
     num_sequences = max(cell.batch * cell.n for cell in cells)
     drafters = _Drafters(options.pair)
-    contenders = [PolicyUnderTest(name, primary, info, drafters, num_sequences) for name in options.policies]
     loads = [(cell, cell.groups(prompts, steady=options.steady)) for cell in cells]
+    contenders = [PolicyUnderTest(name, primary, info, drafters, num_sequences) for name in options.policies]
     done = announce(sum(len(groups) for _, groups in loads) * len(contenders))
     measured = [
         measure_cell(cell, contenders, groups, options.max_tokens, done, steady=options.steady)
@@ -283,27 +306,57 @@ def measure_cell(
     *,
     steady: bool,
 ) -> dict[str, Any]:
-    """Runs every group of prompts under every policy, a step of each in turn. The first group warms up."""
+    """Runs every group of prompts under every policy, a step of each in turn.
+
+    The first group runs twice, and counts once: what engines learn of costs they learn before it counts.
+    """
     runs: dict[str, list[GroupRun]] = {contender.name: [] for contender in contenders}
     for turn in range(-1, len(groups)):
         requests = _requests(cell, groups[max(turn, 0)], max(turn, 0), max_tokens)
-        for name, run in _in_turn({c.name: c.run(requests, cell.batch * cell.n, steady=steady) for c in contenders}):
+        start = partial(_start, requests=requests, num_at_once=cell.batch * cell.n, steady=steady)
+        for name, run in _in_turn({each.name: partial(start, each) for each in contenders}, first=turn):
+            if not run.seconds:
+                raise ConfigError(f"no step counts at {cell}: ask for more --max-tokens, or a smaller --batch")
             if turn >= 0:
                 runs[name].append(run)
                 done()
     return {**vars(cell), "num_groups": len(groups), **_compare(runs)}
 
 
-def _in_turn(runs: Mapping[str, Generator[None, None, GroupRun]]) -> Iterator[tuple[str, GroupRun]]:
-    """Steps them in turn; each, by its name, as it ends."""
-    left = dict(runs)
-    while left:
-        for name, run in list(left.items()):
+def _start(
+    contender: PolicyUnderTest, requests: Sequence[GenerationRequest], num_at_once: int, *, steady: bool
+) -> Generator[None, None, GroupRun]:
+    return contender.run(requests, num_at_once, steady=steady)
+
+
+def _again_and_again(requests: Sequence[GenerationRequest]) -> Iterator[GenerationRequest]:
+    """The requests, and then the same ones under other names, without end."""
+    yield from requests
+    for turn in itertools.count(1):
+        yield from (replace(request, request_id=f"{request.request_id}-again-{turn}") for request in requests)
+
+
+def _in_turn(
+    runs: Mapping[str, Callable[[], Generator[None, None, GroupRun]]], first: int
+) -> Iterator[tuple[str, GroupRun]]:
+    """Steps all in turn, beginning with that one; each result, by its name, as it comes.
+
+    Who is ready begins again, for nothing, until all are: the others' turns should not become other ones.
+    """
+    names = [*runs][first % len(runs) :] + [*runs][: first % len(runs)]
+    going = {name: runs[name]() for name in names}
+    ended: set[str] = set()
+    while len(ended) < len(names):
+        for name in names:
             try:
-                next(run)
-            except StopIteration as ended:
-                del left[name]
-                yield name, ended.value
+                next(going[name])
+            except StopIteration as end:
+                if name not in ended:
+                    ended.add(name)
+                    yield name, end.value
+                going[name] = runs[name]()
+    for run in going.values():
+        run.close()
 
 
 def _requests(cell: Cell, prompts: Sequence[Prompt], turn: int, max_tokens: int) -> list[GenerationRequest]:

@@ -34,9 +34,7 @@ class LinearCost:
     shares.
     """
 
-    def __init__(
-        self, num_sizes: int, *, decay: float, ridge: float = _RIDGE, largest_surprise: float = 1.5
-    ) -> None:
+    def __init__(self, num_sizes: int, *, decay: float, ridge: float = _RIDGE, largest_surprise: float = 1.5) -> None:
         """Each sample weighs `decay` of what the next one does. A time is taken for at most largest_surprise times the
         expected, since a pause of the machine is no cost; unless it comes twice in a row."""
         self._decay, self._ridge, self._largest_surprise = decay, ridge, largest_surprise

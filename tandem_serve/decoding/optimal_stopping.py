@@ -106,8 +106,8 @@ class _Load:
     """
 
     # A step, over sequences and drafts; a wait for drafts, over sequences, steps of the drafter and drafts. Sequences,
-    # for with fewer of them there are fewer drafts as well, which would be taken for what made the difference. Of drafts
-    # those that came: a last one that was dropped was made, too.
+    # for with fewer of them there are fewer drafts as well, which would be taken for what made the difference. Drafts
+    # are those that came: a last one that was dropped was made, too.
     verifying: LinearCost = field(default_factory=partial(LinearCost, 2, decay=_DECAY))
     drafting: LinearCost = field(default_factory=partial(LinearCost, 3, decay=_DECAY))
     overhead: LinearCost = field(default_factory=_mean)  # what a round takes besides those two

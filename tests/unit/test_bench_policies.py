@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tandem_serve.bench import policies
 from tandem_serve.bench.policies import Cell, GroupRun, OwnTime, PolicyUnderTest
-from tandem_serve.errors import ConfigError
+from tandem_serve.errors import ConfigError, DeadlineExceeded
 from tandem_serve.models.checkpoint import load_decoder, primary_info
 from tests.checkpoints import make_drafter, make_primary
 from tests.engines import a_request
@@ -26,7 +29,8 @@ def decoded(pair: Path, name: str, max_tokens: list[int], num_at_once: int, *, s
     drafters = policies._Drafters(pair)
     contender = PolicyUnderTest(name, load_decoder(folder), primary_info(folder), drafters, num_at_once)
     requests = [a_request(str(i), (5 + i, 6, 7), length) for i, length in enumerate(max_tokens)]
-    ((_, run),) = policies._in_turn({name: contender.run(requests, num_at_once, steady=steady)})
+    start = partial(contender.run, requests, num_at_once, steady=steady)
+    ((_, run),) = policies._in_turn({name: start}, first=0)
     contender.close()
     return run
 
@@ -34,15 +38,16 @@ def decoded(pair: Path, name: str, max_tokens: list[int], num_at_once: int, *, s
 def test_requests_that_begin_together_count_from_their_first_tokens_to_the_last(pair: Path) -> None:
     run = decoded(pair, "fixed-0", [6, 10, 6], 3, steady=False)
     assert [len(text) for text in run.texts] == [6, 10, 6]
-    assert run.num_tokens == run.num_rounds == 5 + 9 + 5
+    assert run.num_tokens == run.num_rounds == 4 + 8 + 4  # but for the first token, and for the step behind it
     assert run.seconds > 0
 
 
 def test_a_steady_load_counts_steps_that_find_every_place_decoding(pair: Path) -> None:
     run = decoded(pair, "fixed-0", [6, 10, 6], 2, steady=True)
     assert [len(text) for text in run.texts] == [6, 10, 6]
-    # Both of the first two until the first ends; a step with the third's prompt; the two that are left; a tail.
-    assert run.num_tokens == run.num_rounds == 2 * 5 + 2 * 3
+    # Four steps until the first ends, two until the second does, none until the third: beside each prompt two steps are
+    # left out.
+    assert run.num_tokens == run.num_rounds == 2 * 4 + 2 * 2
 
 
 def test_texts_do_not_depend_on_how_they_are_measured(pair: Path) -> None:
@@ -53,18 +58,37 @@ def test_texts_do_not_depend_on_how_they_are_measured(pair: Path) -> None:
     assert plain == closed == steady
 
 
-def test_policies_take_turns_step_by_step() -> None:
+def test_policies_take_turns_until_the_last_is_ready() -> None:
     said: list[str] = []
 
-    def steps(name: str, count: int):  # type: ignore[no-untyped-def]
+    def steps(name: str, count: int) -> Generator[None, None, str]:
         for _ in range(count):
             said.append(name)
             yield
         return name.upper()
 
-    ended = list(policies._in_turn({"a": steps("a", 2), "b": steps("b", 4)}))
-    assert said == ["a", "b", "a", "b", "b", "b"]
-    assert ended == [("a", "A"), ("b", "B")]
+    runs: Any = {"a": partial(steps, "a", 2), "b": partial(steps, "b", 4), "c": partial(steps, "c", 1)}
+    assert list(policies._in_turn(runs, first=1)) == [("c", "C"), ("a", "A"), ("b", "B")]
+    assert said[:6] == ["b", "c", "a", "b", "a", "b"]  # c has ended in its second turn, and begins again
+    assert said.count("b") == 4
+
+
+def test_what_runs_for_nothing_leaves_nothing_behind(pair: Path) -> None:
+    folder = pair / "primary"
+    contender = PolicyUnderTest("fixed-2", load_decoder(folder), primary_info(folder), policies._Drafters(pair), 2)
+    run = contender.run([a_request("a", max_tokens=50), a_request("b", max_tokens=50)], 2)
+    for _ in range(4):
+        next(run)
+    run.close()
+    assert not contender._engine.has_work
+
+
+def test_a_request_that_fails_fails_the_run(pair: Path) -> None:
+    folder = pair / "primary"
+    contender = PolicyUnderTest("fixed-2", load_decoder(folder), primary_info(folder), policies._Drafters(pair), 1)
+    request = a_request("a", max_tokens=50, timeout_s=0.0)
+    with pytest.raises(DeadlineExceeded):
+        list(contender.run([request], 1))
 
 
 def test_a_clock_of_its_own_stands_still_in_others_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from tandem_serve.decoding.block_policy import BlockPlan, Round, StepSize
 from tandem_serve.decoding.optimal_stopping import (
-    FIRST_LOOKS,
     FIRST_LENGTH,
+    FIRST_LOOKS,
     LOOK_TURNS,
     MIN_TURNS,
     PROBE_TURNS,

@@ -73,7 +73,7 @@ def greedy(logits: Tensor) -> Choice:
     ),
     seed=st.integers(0, 99),
 )
-def test_blocks_are_judged_by_their_own_rules_unless_they_share_steps(rules: list[StoppingRule | None], seed: int) -> None:
+def test_blocks_that_share_no_steps_are_judged_alone(rules: list[StoppingRule | None], seed: int) -> None:
     logits = torch.randn(len(rules), 9, generator=torch.Generator().manual_seed(seed)) * 3
     together = Stopping(rules, DEFAULT_THRESHOLDS)
     assert bool(together) == any(rule is not None for rule in rules)
