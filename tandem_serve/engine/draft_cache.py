@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from tandem_serve.config import DrafterEngineConfig
+from tandem_serve.decoding.stopping_rules import TextOdds
 from tandem_serve.engine.kv_cache import KvBudget, KvBuffer
 from tandem_serve.errors import Overloaded
 from tandem_serve.models.decoder import Decoder
@@ -35,6 +36,7 @@ class DraftSequence:
     num_received: int = 0
     unrun: list[int] = field(default_factory=list)
     tail: list[int] = field(default_factory=list)
+    odds: TextOdds = field(default_factory=TextOdds)
 
     @property
     def num_cached(self) -> int:

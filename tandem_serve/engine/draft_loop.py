@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem_serve.decoding.sampling import SamplingRows, choose_token_ids
-from tandem_serve.decoding.stopping_rules import UNTRAINED, Scorer, Stopping
+from tandem_serve.decoding.stopping_rules import UNTRAINED, Scorer, Stopping, TextOdds
 from tandem_serve.engine.attention import RaggedAttention, Span
 from tandem_serve.engine.forward import Rows, forward
 from tandem_serve.engine.kv_cache import KvBuffer
@@ -26,6 +26,7 @@ class DraftJob(NamedTuple):
     block_length: int  # 1 or more
     sampling: SamplingParams
     stopping: StoppingRule | None = None
+    odds: TextOdds | None = None  # of its text
 
     @property
     def first_position(self) -> int:
@@ -44,7 +45,7 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob], scorer: Scorer = UNTRAIN
     logits = forward(decoder, [Rows(job.kv, job.start, job.token_ids, 1) for job in jobs]).logits
     positions = torch.tensor([job.first_position - 1 for job in jobs], device=device)
     rows = _sampling_rows(jobs, 0, device)
-    stopping = Stopping([job.stopping for job in jobs], scorer.thresholds)
+    stopping = Stopping([job.stopping for job in jobs], scorer.thresholds, [job.odds for job in jobs])
     columns: list[tuple[list[int], Tensor]] = []  # of each step: lanes and drafts
     dropped: set[int] = set()  # lanes whose last draft is not worth verifying
     for step in range(1, max(job.block_length for job in jobs) + 1):
@@ -73,6 +74,9 @@ def draft_blocks(decoder: Decoder, jobs: Seq[DraftJob], scorer: Scorer = UNTRAIN
     for members, drafts in columns:  # fetched at the end: without a rule, no step waits for the device
         for lane, draft in zip(members, drafts.tolist(), strict=True):
             blocks[lane].append(draft)
+    for lane, job in enumerate(jobs):
+        if job.odds is not None:
+            job.odds.expect(job.first_position, blocks[lane], stopping.draft_scores(lane))
     return [block[:-1] if lane in dropped else block for lane, block in enumerate(blocks)]
 
 

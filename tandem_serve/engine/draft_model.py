@@ -34,6 +34,8 @@ class DraftModel:
 
     def receive(self, sequence: DraftSequence, command: ExtendSequence) -> None:
         """Notes verified positions; `take_in` writes them."""
+        chosen = command.token_ids if command.next_token_id is None else (*command.token_ids, command.next_token_id)
+        sequence.odds.learn(command.start_position, chosen)
         if self._tandem is None:
             sequence.receive_tokens(command.token_ids)
         elif command.token_ids:
@@ -74,6 +76,7 @@ class DraftModel:
                 command.block_length,
                 sequence.sampling,
                 command.stopping,
+                sequence.odds,
             )
             for sequence, command in rounds.items()
             if command.block_length and command.next_token_id is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -16,6 +17,7 @@ from tandem_serve.decoding.stopping_rules import (
     DEFAULT_THRESHOLDS,
     UNTRAINED,
     Stopping,
+    TextOdds,
     entropy_score,
     own_probs,
 )
@@ -151,3 +153,39 @@ class ByPolicy:
 
 
 scores_by_policy = ByPolicy()
+
+
+@given(st.floats(0, 1), st.floats(-3, 3))
+def test_adjusted_scores_are_chances_and_keep_their_order(score: float, shift: float) -> None:
+    odds = TextOdds(shift)
+    assert 0 <= odds.adjust(score) <= 1
+    assert odds.adjust(score / 2) <= odds.adjust(score)
+    assert TextOdds().adjust(score) == pytest.approx(score, abs=2e-6)
+
+
+@pytest.mark.parametrize(("score", "truth"), [(0.6, 0.9), (0.9, 0.6), (0.7, 0.7)])
+def test_scores_are_adjusted_to_what_a_text_shows(score: float, truth: float) -> None:
+    rng, odds, position = random.Random(0), TextOdds(), 10
+    shown = []
+    for _ in range(400):
+        odds.expect(position, [1, 1, 1], [odds.adjust(score)] * 3)
+        odds.learn(position - 1, [7, *(int(rng.random() < truth) for _ in range(3))])
+        shown.append(odds.adjust(score))
+    assert sum(shown[100:]) / 300 == pytest.approx(truth, abs=0.05)
+
+
+def test_only_drafts_that_were_reached_teach_and_each_once() -> None:
+    odds = TextOdds()
+    odds.expect(10, [1, 2, 3], [0.5, 0.5, 0.5])
+    odds.learn(9, [7, 1, 9, 3])  # right, wrong, and one that nobody looks at any more
+    assert odds.shift == pytest.approx(0)
+    odds.learn(9, [7, 1, 2, 3])
+    assert odds.shift == pytest.approx(0)
+
+
+@pytest.mark.parametrize("start", [2, 11, 500])
+def test_tokens_at_other_positions_teach_nothing(start: int) -> None:
+    odds = TextOdds()
+    odds.expect(10, [1, 2], [0.2, 0.2])
+    odds.learn(start, [1, 2])
+    assert odds.shift == 0

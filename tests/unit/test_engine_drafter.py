@@ -17,8 +17,10 @@ from tandem_serve.types import (
     CreditGranted,
     DraftBlock,
     DraftEvent,
+    PolicyName,
     SamplingParams,
     SequenceRejected,
+    StoppingRule,
     credit_cost_bytes,
 )
 from tests.drafter_peer import (
@@ -245,3 +247,23 @@ def test_check_primary_names_what_differs() -> None:
         engine.check_primary(replace(info, fingerprint="another"))
     with pytest.raises(ModelMismatch, match="vocab_size"):
         make_drafter_engine("plain").check_primary(replace(info, vocab_size=7))
+
+
+@pytest.mark.parametrize("kind", ["tandem", "plain"])
+def test_a_text_s_odds_are_learnt_from_what_is_verified(kind: str) -> None:
+    """The primary says in its next round what the drafts have come to."""
+    engine = make_drafter_engine(kind)
+    peer = Peer(engine)
+    rule = StoppingRule(PolicyName.OPTIMAL, threshold=0.0)
+    command = replace(extend(0, 10, block_length=4, tandem=kind == "tandem"), stopping=rule)
+    (drafts,) = drafts_of(peer.ask(opening(), command)).values()
+    (sequence,) = engine._cache
+    assert len(drafts) == 4 and sequence.odds.shift == 0
+    right = (*TEXT[:11], *drafts)
+    peer.ask(quiet(extend(10, 13, round=2, text=right, tandem=kind == "tandem")))
+    assert sequence.odds.shift > 0
+    wrong = (*TEXT[:11], drafts[0] + 1, 5, 6)
+    other = Peer(engine, "q")
+    other.ask(opening(), command)
+    other.ask(quiet(extend(10, 12, round=2, text=wrong, tandem=kind == "tandem")))
+    assert [each.odds.shift < 0 for each in engine._cache if each.peer_id == "q"] == [True]
