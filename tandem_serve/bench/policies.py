@@ -313,20 +313,14 @@ def measure_cell(
     runs: dict[str, list[GroupRun]] = {contender.name: [] for contender in contenders}
     for turn in range(-1, len(groups)):
         requests = _requests(cell, groups[max(turn, 0)], max(turn, 0), max_tokens)
-        start = partial(_start, requests=requests, num_at_once=cell.batch * cell.n, steady=steady)
-        for name, run in _in_turn({each.name: partial(start, each) for each in contenders}, first=turn):
+        starts = {each.name: partial(each.run, requests, cell.batch * cell.n, steady=steady) for each in contenders}
+        for name, run in _in_turn(starts, first=turn):
             if not run.seconds:
                 raise ConfigError(f"no step counts at {cell}: ask for more --max-tokens, or a smaller --batch")
             if turn >= 0:
                 runs[name].append(run)
                 done()
     return {**vars(cell), "num_groups": len(groups), **_compare(runs)}
-
-
-def _start(
-    contender: PolicyUnderTest, requests: Sequence[GenerationRequest], num_at_once: int, *, steady: bool
-) -> Generator[None, None, GroupRun]:
-    return contender.run(requests, num_at_once, steady=steady)
 
 
 def _again_and_again(requests: Sequence[GenerationRequest]) -> Iterator[GenerationRequest]:
