@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tandem_serve.bench.report.eval_tables import accepted
+
 
 def print_eval(figures: dict[str, Any]) -> None:
     """The document of evaluate_pair: one table of text, one of drafting a temperature, one of couplings."""
@@ -38,12 +40,11 @@ def _print_drafting(console: Console, figures: dict[str, Any], temperature: str)
     table = _table(f"The primary's own texts, temperature {temperature}, per response", *columns)
     for name, drafter in figures["drafters"].items():
         for length, f in drafter["drafting"][temperature]["block_lengths"].items():
-            error = f["accepted_per_block_error"]
             positions = " ".join(f"{share:.2f}".lstrip("0") for share in f["accepted_per_position"][:8])
             table.add_row(
                 name,
                 length,
-                f"{f['accepted_per_block']:.2f}" + ("" if error is None else f" ± {error:.2f}"),
+                accepted(f, digits=2),
                 positions,
                 f"{f['agreement']:.1f}",
                 f"{f['primary_runs_per_response']:.1f}",

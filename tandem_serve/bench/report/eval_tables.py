@@ -29,10 +29,10 @@ def projected_speed(document: Eval, figures: dict[str, Any], cost_ratio: float) 
     return float(document["plan"]["num_tokens"] / passes)
 
 
-def accepted(figures: dict[str, float]) -> str:
+def accepted(figures: dict[str, float], digits: int = 3) -> str:
     """Accepted drafts a block, and how far another sample of prompts would be off (a standard error)."""
     error = figures.get("accepted_per_block_error")  # of a single response nobody knows
-    return f"{figures['accepted_per_block']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{figures['accepted_per_block']:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 _MEASURES = ("accuracy", "cross_entropy", "agreement", "total_variation")
