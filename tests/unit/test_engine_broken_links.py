@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tandem_serve.decoding.requested_policy import RequestedPolicy
 from tests.engines import Output, a_request, drive, generate, tiny_drafter
 from tests.scripted_engine import REQUEST, started, whole_text
 from tests.scripted_link import ScriptedLink, oracle, silence
 
 
 def broken(*_: object) -> None:
-    raise RuntimeError("a bug in a link")
+    raise RuntimeError("a bug")
 
 
 @pytest.mark.parametrize("method", ["receive", "send", "credit_bytes", "close"])
@@ -27,6 +28,15 @@ def test_a_link_that_raises_costs_the_drafts_alone(method: str, answers: bool, m
     assert not output.errors
     assert REQUEST.prompt_token_ids + output.token_ids == whole_text()
     assert engine.num_failed_steps == 0
+
+
+@pytest.mark.parametrize("method", ["plan", "observe_step", "observe_round"])
+def test_a_policy_that_raises_costs_the_drafts_alone(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, output, clock = started(ScriptedLink(tiny_drafter()[1], oracle({"r": whole_text()})))
+    monkeypatch.setattr(RequestedPolicy, method, broken)
+    drive(engine, clock)
+    assert REQUEST.prompt_token_ids + output.token_ids == whole_text()
+    assert not output.errors and engine.num_failed_steps == 0
 
 
 def test_sequences_that_come_after_the_error_draft_again() -> None:
