@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tandem_serve.training.muon import Float32Muon
+from tandem_serve.training.precision import multiplies_bf16
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -45,7 +48,7 @@ class ModelOptimizer:
             torch.optim.AdamW(rest, lr=config.embedding_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         ]
         if hidden:
-            muon = torch.optim.Muon(
+            muon = (torch.optim.Muon if multiplies_bf16(hidden[0].device) else Float32Muon)(
                 hidden,
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
