@@ -5,8 +5,9 @@ share of drafts that are accepted where they are reached. All B sequences of a b
 written `rate` tokens a second meanwhile: verifying a draft takes v seconds and costs rate * B * v tokens, making one m
 and a step of the drafter s seconds besides, the latter whether it drafts for one block or for all. So a block gets
 another draft while S * p >= rate * B * (m + v), all of them a further step while what they gain by it is rate * B * s,
-and the draft that ends a block is verified while S >= rate * B * v. Acceptance and times are measured as decoding goes;
-where the primary alone is faster, there are no drafts but a few now and then, to see.
+and the draft that ends a block is verified while S >= rate * B * v. (Sequences under other policies count in B, but not
+among those that gain by a step and pay for it.) Acceptance and times are measured as decoding goes; where the primary
+alone is faster, there are no drafts but a few now and then, to see.
 """
 
 from __future__ import annotations

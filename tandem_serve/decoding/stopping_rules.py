@@ -167,13 +167,11 @@ class Stopping:
             )
             for rule, text_odds in zip(rules, odds or [None] * len(rules), strict=True)
         ]
-        found = [block for block in self._blocks if block is not None]
-        self._policies = dict.fromkeys(block.policy for block in found)
-        self._step_cost = sum(block.step_cost for block in found)  # to all blocks that share their steps
+        self._step_cost = sum(block.step_cost for block in self._blocks if block)  # to all that share their steps
 
     def __bool__(self) -> bool:
         """Whether any block has a rule."""
-        return bool(self._policies)
+        return any(self._blocks)
 
     def judge(
         self, which: Sequence[int], may_go_on: Sequence[bool], scorer: Scorer, logits: Tensor, drafts: Choice
@@ -182,11 +180,12 @@ class Stopping:
 
         Those that may not go on, since they are as long as they were asked to be, gain nothing from a further step.
         """
-        scores = {policy: scorer(policy, logits, drafts) for policy in self._policies}
-        for row, number in enumerate(which):
-            if (block := self._blocks[number]) is not None:
-                block.add(scores[block.policy][row])
         blocks = [self._blocks[number] for number in which]
+        policies = dict.fromkeys(block.policy for block in blocks if block is not None)
+        scores = {policy: scorer(policy, logits, drafts) for policy in policies}
+        for row, block in enumerate(blocks):
+            if block is not None:
+                block.add(scores[block.policy][row])
         wished = [
             may and (block is None or block.score >= block.threshold)
             for block, may in zip(blocks, may_go_on, strict=True)

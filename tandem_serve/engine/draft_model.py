@@ -34,9 +34,8 @@ class DraftModel:
 
     def receive(self, sequence: DraftSequence, command: ExtendSequence) -> None:
         """Notes verified positions; `take_in` writes them."""
-        if command.num_unverified is None:  # else the text is MS's own, and says nothing of how often it is right
-            opening = () if command.next_token_id is None else (command.next_token_id,)
-            sequence.odds.learn(command.start_position, (*command.token_ids, *opening))
+        chosen = command.token_ids if command.next_token_id is None else (*command.token_ids, command.next_token_id)
+        sequence.odds.learn(command.start_position, chosen)
         if self._tandem is None:
             sequence.receive_tokens(command.token_ids)
         elif command.token_ids:

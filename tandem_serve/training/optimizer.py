@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from tandem_serve.training.muon import Float32Muon
-from tandem_serve.training.precision import multiplies_bf16
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ModelOptimizer:
             torch.optim.AdamW(rest, lr=config.embedding_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         ]
         if hidden:
-            muon = (torch.optim.Muon if multiplies_bf16(hidden[0].device) else Float32Muon)(
+            muon = (Float32Muon if hidden[0].device.type == "cpu" else torch.optim.Muon)(
                 hidden,
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +15,6 @@ from torch import Tensor, nn
 
 from tandem_serve.errors import ConfigError
 from tandem_serve.training.optimizer import ModelOptimizer, OptimizerConfig, rate_factor
-from tandem_serve.training.precision import autocast
 from tandem_serve.training.run_folder import RunFolder
 from tandem_serve.training.workers import average_gradients, average_values, leads
 
@@ -50,6 +51,22 @@ class TrainerConfig:
     checkpoint_interval_s: float = 45.0
     log_every: int = 10  # steps
     quiet: bool = False  # no progress bar
+
+
+def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
+    """bf16 autocast where asked for; `auto` uses it on a GPU and on a CPU that multiplies bf16 (AVX-512 BF16 or AMX).
+
+    Other CPUs widen bf16 to float32 first, and the casts cost more than they save.
+
+    Raises:
+        ConfigError: for another name.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ConfigError(f"precision {precision!r}: expected auto, bf16 or fp32")
+    kind = torch.device(device).type
+    multiplies_bf16 = kind == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    wanted = precision == "bf16" or (precision == "auto" and multiplies_bf16)
+    return torch.autocast(kind, torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
 class Trainer:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tandem_serve.bench import policies
-from tandem_serve.bench.policies import Cell, GroupRun, OwnTime, PolicyUnderTest
+from tandem_serve.bench import policies, turns
+from tandem_serve.bench.policies import Cell, PolicyUnderTest
+from tandem_serve.bench.turns import GroupRun, OwnTime, in_turn
 from tandem_serve.errors import ConfigError, DeadlineExceeded
 from tandem_serve.models.checkpoint import load_decoder, primary_info
 from tests.checkpoints import make_drafter, make_primary
@@ -30,7 +31,7 @@ def decoded(pair: Path, name: str, max_tokens: list[int], num_at_once: int, *, s
     contender = PolicyUnderTest(name, load_decoder(folder), primary_info(folder), drafters, num_at_once)
     requests = [a_request(str(i), (5 + i, 6, 7), length) for i, length in enumerate(max_tokens)]
     start = partial(contender.run, requests, num_at_once, steady=steady)
-    ((_, run),) = policies._in_turn({name: start}, first=0)
+    ((_, run),) = in_turn({name: start}, first=0)
     contender.close()
     return run
 
@@ -68,7 +69,7 @@ def test_policies_take_turns_until_the_last_is_ready() -> None:
         return name.upper()
 
     runs: Any = {"a": partial(steps, "a", 2), "b": partial(steps, "b", 4), "c": partial(steps, "c", 1)}
-    assert list(policies._in_turn(runs, first=1)) == [("c", "C"), ("a", "A"), ("b", "B")]
+    assert list(in_turn(runs, first=1)) == [("c", "C"), ("a", "A"), ("b", "B")]
     assert said[:6] == ["b", "c", "a", "b", "a", "b"]  # c has ended in its second turn, and begins again
     assert said.count("b") == 4
 
@@ -93,7 +94,7 @@ def test_a_request_that_fails_fails_the_run(pair: Path) -> None:
 
 def test_a_clock_of_its_own_stands_still_in_others_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(policies.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now)
     clock = OwnTime()
     for _ in range(2):
         with clock:

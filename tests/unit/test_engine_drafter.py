@@ -267,16 +267,3 @@ def test_a_text_s_odds_are_learnt_from_what_is_verified(kind: str) -> None:
     other.ask(opening(), command)
     other.ask(quiet(extend(10, 12, round=2, text=wrong, tandem=kind == "tandem")))
     assert [each.odds.shift < 0 for each in engine._cache if each.peer_id == "q"] == [True]
-
-
-def test_standalone_text_teaches_no_odds() -> None:
-    """It is the drafter's own, so every draft in it is right."""
-    engine = make_drafter_engine("tandem")
-    peer = Peer(engine)
-    rule = StoppingRule(PolicyName.OPTIMAL, threshold=0.0)
-    command = replace(extend(0, 10, block_length=2), stopping=rule, num_unverified=0)
-    (drafts,) = drafts_of(peer.ask(opening(), command)).values()
-    text = (*TEXT[:11], *drafts)
-    peer.ask(replace(extend(10, 12, round=2, text=text, block_length=2), stopping=rule, num_unverified=0))
-    (sequence,) = engine._cache
-    assert sequence.odds.shift == 0

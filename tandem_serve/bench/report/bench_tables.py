@@ -61,12 +61,14 @@ def tandem_over_plain_table(documents: dict[str, dict[str, Any]]) -> Table:
 
 
 _OVER_PLAIN = "tandem/plain-drafter"
-LOAD = ("inflated", "batch", "n", "temperature")
+LOAD = ("inflated", "load", "batch", "n", "temperature")
 
 
 def load_of(document: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     """LOAD of one of a policies document's cells."""
-    values = {"inflated": document.get("options", {}).get("inflate", 1), **cell}
+    options = document.get("options", {})
+    load = "steady" if options.get("steady") else "together"  # whether places are taken again, or all begin and end
+    values = {"inflated": options.get("inflate", 1), "load": load, **cell}
     return [as_cell(values.get(key, "")) for key in LOAD]
 
 
