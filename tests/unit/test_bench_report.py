@@ -168,7 +168,7 @@ def test_tables_stand_beside_the_papers(folder: Path) -> None:
     (configurations,) = (table for title, table in tables.items() if "Training configurations" in title)
     assert [row[3] for row in configurations.rows] == ["both-losses", "frozen"]
     (against,) = (table for title, table in tables.items() if "tandem over the plain drafter" in title)
-    assert against.rows == [["policies", "1", "1", "4", "", "fixed-1", "plain-drafter:fixed-2", "1.125"]]
+    assert against.rows == [["policies", "1", "together", "1", "4", "", "fixed-1", "plain-drafter:fixed-2", "1.125"]]
     assert tables["Measured engines"].rows[1][-1] == "1.50"
     router = tables["router: policies at their measured thresholds, replayed"]
     assert router.columns == ("policy", "block_length", "threshold", "tokens_per_s")
