@@ -245,7 +245,7 @@ def router(
         Path | None, typer.Option(help="Where router.safetensors goes. Default: the drafter's folder, to be used.")
     ] = None,
     data: Data = "stdlib",
-    limit: Annotated[int, typer.Option(min=4, help="Texts that the primary writes.")] = 64,
+    limit: Annotated[int, typer.Option(min=4, help="Texts that the primary writes; held-out ones: half as many.")] = 64,
     target: Annotated[str, typer.Option(help="accept: was the draft right? tv: the paper's soft label.")] = "accept",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Of every other text; the rest is greedy.")] = 0.8,
     block_length: Annotated[int, typer.Option(min=2, max=64, help="Drafts a block.")] = 12,
@@ -265,7 +265,7 @@ def router(
             temperature=temperature,
             block_length=block_length,
         )
-        file = fit_router(primary, drafter, _split(data)[0], config, out)
+        file = fit_router(primary, drafter, *_split(data), config, out)
         report = json.loads((file.parent / REPORT_FILE).read_text("utf-8"))
         write_json(json_file, report)
         typer.echo(json.dumps(report["policies"], indent=2))

@@ -67,9 +67,6 @@ class Replayed:
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.seconds
 
-    def __add__(self, other: Replayed) -> Replayed:
-        return Replayed(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
 
 def replay(
     is_right: Sequence[Sequence[Sequence[bool]]],  # [S][O][G]
@@ -100,6 +97,11 @@ def block_lengths(scores: Tensor, threshold: float, *, compounds: bool) -> list[
     return lengths
 
 
+def fixed_lengths(is_right: Tensor, length: int) -> list[list[int]]:
+    """Drafts [S][O] of a fixed block length, for outcomes [S, O, G]."""
+    return torch.full(is_right.shape[:2], length).tolist()
+
+
 def best_threshold(
     is_right: Tensor, scores: Tensor, costs: RoundCosts, *, compounds: bool, num_candidates: int = 39
 ) -> tuple[float, Replayed]:
@@ -114,10 +116,7 @@ def best_threshold(
 def best_fixed(is_right: Tensor, costs: RoundCosts) -> tuple[int, Replayed]:
     """The fixed block length with the most tokens a second, and what it gives."""
     outcomes = is_right.tolist()
-    num_texts, num_openings, longest = is_right.shape
-    found = {
-        length: replay(outcomes, torch.full((num_texts, num_openings), length).tolist(), costs)
-        for length in range(longest + 1)
-    }
+    longest = is_right.shape[-1]
+    found = {length: replay(outcomes, fixed_lengths(is_right, length), costs) for length in range(longest + 1)}
     best = max(found, key=lambda length: found[length].tokens_per_s)
     return best, found[best]

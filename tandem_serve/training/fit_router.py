@@ -6,16 +6,15 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
-from operator import add
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from tandem_serve.decoding.stopping_rules import ENTROPY_SCALE
@@ -36,24 +35,24 @@ from tandem_serve.models.checkpoint import (
 from tandem_serve.models.decoder import Decoder
 from tandem_serve.models.tandem import TandemDrafter
 from tandem_serve.training.calibration import (
-    Replayed,
     RoundCosts,
     best_fixed,
     best_threshold,
     block_lengths,
     calibration,
+    fixed_lengths,
     replay,
 )
 from tandem_serve.training.corpus import Document
 from tandem_serve.training.held_out import heldout_prompts
 from tandem_serve.training.router_examples import RouterExamples, collect_examples, write_texts
 from tandem_serve.training.run_folder import provenance
-from tandem_serve.types import PolicyName, PrimaryInfo, SamplingParams, StoppingRule, mismatches
+from tandem_serve.types import PolicyName, SamplingParams, StoppingRule, mismatches
 
 _ADAPTIVE = (PolicyName.ENTROPY, PolicyName.ROUTER, PolicyName.OPTIMAL)
 Target = Literal["accept", "tv"]
 REPORT_FILE = "router-report.json"
-HELD_OUT_EVERY = 3  # every third text is measured on, not trained on; odd: texts are greedy and sampled in turn
+CHOOSES_EVERY = 3  # every third text chooses thresholds, the rest train; odd: texts are greedy and sampled in turn
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class RouterConfig:
     """How to collect and to train. Target `tv`: the paper's 1 - TV(MS, ML); `accept`: whether the draft was right."""
 
     target: Target = "accept"
-    num_texts: int = 64
+    num_texts: int = 64  # to train and to choose thresholds on; half as many held-out ones to measure on
     prompt_tokens: int = 64
     num_tokens: int = 128  # that the primary writes behind each prompt
     temperature: float = 0.8  # of every other text; the rest is greedy
@@ -77,12 +76,13 @@ class RouterConfig:
 def fit_router(
     primary_folder: Path,
     drafter_folder: Path,
-    documents: Sequence[Document],
+    training: Sequence[Document],
+    held_out: Sequence[Document],
     config: RouterConfig,
     out: Path | None = None,
 ) -> Path:
     """Runs the pair on documents, trains on what it drafted, and writes router.safetensors and its report to `out`, by
-    default beside the drafter, which then uses it.
+    default beside the drafter, which then uses it. Held-out documents are measured on alone.
 
     Raises:
         CheckpointError, ConfigError: models that cannot be loaded or do not fit, or too little text.
@@ -90,12 +90,24 @@ def fit_router(
     info = primary_info(primary_folder)
     if found := mismatches(info, drafter_info(drafter_folder, max_block_length=config.block_length)):
         raise ConfigError("primary and drafter do not fit together: " + "; ".join(found))
+    tokenizer = load_tokenizer(primary_folder)
+    prompts = _prompts(tokenizer, training, config.num_texts, config)
+    unseen = _prompts(tokenizer, held_out, max(config.num_texts // 2, 2), config)
     primary, drafter = load_decoder(primary_folder).pack(), load_drafter(drafter_folder).pack()
-    examples = _collect(primary, info, drafter, primary_folder, documents, config)
-    is_measured = torch.arange(len(examples.is_right)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    texts, measured = (
+        collect_examples(
+            primary,
+            drafter,
+            write_texts(primary, info, some, config.num_tokens, config.temperature),
+            config.block_length,
+            config.top_k,
+        )
+        for some in (prompts, unseen)
+    )
+    chooses = torch.arange(len(prompts)) % CHOOSES_EVERY == CHOOSES_EVERY - 1
     ms = drafter.decoder if isinstance(drafter, TandemDrafter) else drafter
-    model = train_acceptance(examples.texts(~is_measured), ms.embedding.detach(), config)
-    report = measure_acceptance(model, examples.texts(is_measured), ms.embedding, measure_costs(primary, ms, model))
+    model = train_acceptance(texts.texts(~chooses), ms.embedding.detach(), config)
+    report = measure_acceptance(model, texts.texts(chooses), measured, ms.embedding, measure_costs(primary, ms, model))
     for policy in _ADAPTIVE:
         model.thresholds[policy] = report["policies"][policy.value]["threshold"]
     folder = out or drafter_folder
@@ -106,21 +118,14 @@ def fit_router(
     return file
 
 
-def _collect(
-    primary: Decoder,
-    info: PrimaryInfo,
-    drafter: TandemDrafter | Decoder,
-    primary_folder: Path,
-    documents: Sequence[Document],
-    config: RouterConfig,
-) -> RouterExamples:
+def _prompts(
+    tokenizer: Tokenizer, documents: Sequence[Document], num_prompts: int, config: RouterConfig
+) -> list[tuple[int, ...]]:
+    """Prompts of equal length out of so many documents at most."""
     length = config.prompt_tokens
-    some = random.Random(config.seed).sample(documents, min(len(documents), 2 * config.num_texts))
-    prompts = heldout_prompts(
-        some, load_tokenizer(primary_folder), config.num_texts, min_tokens=length, max_tokens=length
-    )
-    texts = write_texts(primary, info, [p.token_ids for p in prompts], config.num_tokens, config.temperature)
-    return collect_examples(primary, drafter, texts, config.block_length, config.top_k)
+    some = random.Random(config.seed).sample(documents, min(len(documents), 2 * num_prompts))
+    prompts = heldout_prompts(some, tokenizer, num_prompts, min_tokens=length, max_tokens=length)
+    return [prompt.token_ids for prompt in prompts]
 
 
 def train_acceptance(examples: RouterExamples, embedding: Tensor, config: RouterConfig) -> AcceptanceModel:
@@ -152,23 +157,26 @@ def _reached(examples: RouterExamples) -> Tensor:
 
 @torch.inference_mode()
 def measure_acceptance(
-    model: AcceptanceModel, examples: RouterExamples, embedding: Tensor, costs: Mapping[PolicyName, RoundCosts]
+    model: AcceptanceModel,
+    chosen_on: RouterExamples,
+    measured: RouterExamples,
+    embedding: Tensor,
+    costs: Mapping[PolicyName, RoundCosts],
 ) -> dict[str, Any]:
-    """Calibration of each predictor, and what each policy is worth at its own costs.
-
-    `threshold` is the best one on all the texts; the other figures are of thresholds that were chosen on other texts
-    than they are replayed on.
+    """Calibration of each predictor, and what each policy is worth at its own costs. Threshold and fixed length are the
+    best ones on some texts, the figures are of others.
     """
-    scores = _scores(model, examples, embedding)
-    reached, is_right = _reached(examples), examples.is_right
-    length, _ = best_fixed(is_right, costs[PolicyName.FIXED])
-    fixed = _crossed(is_right, costs[PolicyName.FIXED], _fixed_lengths)
+    reached, is_right = _reached(measured), measured.is_right
+    length, _ = best_fixed(chosen_on.is_right, costs[PolicyName.FIXED])
+    fixed = replay(is_right.tolist(), fixed_lengths(is_right, length), costs[PolicyName.FIXED])
     policies: dict[str, Any] = {"fixed": {"block_length": length, "tokens_per_s": fixed.tokens_per_s}}
+    scores, others = (_scores(model, examples, embedding) for examples in (measured, chosen_on))
     for policy, score in scores.items():
         compounds = policy is PolicyName.OPTIMAL
-        replayed = _crossed(is_right, costs[policy], partial(_adaptive_lengths, score, compounds))
+        threshold, _ = best_threshold(chosen_on.is_right, others[policy], costs[policy], compounds=compounds)
+        replayed = replay(is_right.tolist(), block_lengths(score, threshold, compounds=compounds), costs[policy])
         policies[policy.value] = {
-            "threshold": best_threshold(is_right, score, costs[policy], compounds=compounds)[0],
+            "threshold": threshold,
             "tokens_per_s": replayed.tokens_per_s,
             "over_best_fixed": replayed.tokens_per_s / fixed.tokens_per_s,
             "drafts_a_round": replayed.num_drafts / replayed.num_rounds,
@@ -181,34 +189,6 @@ def measure_acceptance(
         "costs_ms": {policy.value: {n: 1e3 * s for n, s in vars(of_one).items()} for policy, of_one in costs.items()},
         "policies": policies,
     }
-
-
-# Drafts [S][O] on some texts of a policy that is at its best on others: is_right, its costs, those others, the texts.
-_Lengths = Callable[[Tensor, RoundCosts, Tensor, Tensor], list[list[int]]]
-
-
-def _crossed(is_right: Tensor, costs: RoundCosts, lengths: _Lengths) -> Replayed:
-    """Each half of the texts under what is best on the other half. Texts are greedy and sampled in turn: pairs."""
-    texts = torch.arange(len(is_right))
-    in_first = texts // 2 % 2 == 0
-    halves = [half for half in (texts[in_first], texts[~in_first]) if len(half)]
-    replayed = [
-        replay(is_right[half].tolist(), lengths(is_right, costs, other, half), costs)
-        for half, other in zip(halves, reversed(halves), strict=True)
-    ]
-    return reduce(add, replayed)
-
-
-def _fixed_lengths(is_right: Tensor, costs: RoundCosts, chosen_on: Tensor, texts: Tensor) -> list[list[int]]:
-    length, _ = best_fixed(is_right[chosen_on], costs)
-    return torch.full(is_right[texts].shape[:2], length).tolist()
-
-
-def _adaptive_lengths(
-    scores: Tensor, compounds: bool, is_right: Tensor, costs: RoundCosts, chosen_on: Tensor, texts: Tensor
-) -> list[list[int]]:
-    threshold, _ = best_threshold(is_right[chosen_on], scores[chosen_on], costs, compounds=compounds)
-    return block_lengths(scores[texts], threshold, compounds=compounds)
 
 
 def _scores(model: AcceptanceModel, examples: RouterExamples, embedding: Tensor) -> dict[PolicyName, Tensor]:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tandem_serve import cli_bench, cli_train
 from tandem_serve.models.acceptance import ROUTER_FILE
 from tandem_serve.models.checkpoint import drafter_acceptance, load_decoder, load_drafter, primary_info
-from tandem_serve.training.fit_router import REPORT_FILE
+from tandem_serve.training.corpus import Document
+from tandem_serve.training.fit_router import REPORT_FILE, RouterConfig, fit_router
 from tandem_serve.training.router_examples import collect_examples, write_texts
 from tandem_serve.types import PolicyName
 from tests.checkpoints import make_drafter, make_plain_drafter, make_primary
@@ -29,7 +32,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = folder / "corpus"
     corpus.mkdir()
     for i in range(12):
-        (corpus / f"m{i}.py").write_text("".join(f"def f{i}_{j}(value):\n    return value + {j}\n" for j in range(60)))
+        (corpus / f"m{i}.py").write_text("".join(f"def f{i}_{j}(value):\n    return value + {j}\n" for j in range(500)))
     return folder
 
 
@@ -79,6 +82,20 @@ def test_the_report_says_what_each_predictor_is_worth(pair: Path, report: dict[s
     for policy in (PolicyName.ENTROPY, PolicyName.ROUTER, PolicyName.OPTIMAL):
         assert model.thresholds[policy] == report["policies"][policy.value]["threshold"]
     assert report["provenance"]["command"]
+
+
+def test_held_out_texts_are_measured_on_alone(pair: Path, tmp_path: Path) -> None:
+    training = [Document("some", "def f(value):\n    return value\n" * 60)]
+    config = RouterConfig(num_texts=4, num_tokens=16, block_length=3, num_steps=20)
+    found = []
+    for name, text in (("code", "class A:\n    pass\n"), ("prose", "To be, or not to be.\n")):
+        held_out = [Document(name, text * 60)]
+        file = fit_router(pair / "primary", pair / "drafter", training, held_out, config, tmp_path / name)
+        figures = json.loads((tmp_path / name / REPORT_FILE).read_text())
+        found.append((load_file(file), figures["calibration"]["optimal"]["bins"]))
+    (code, of_code), (prose, of_prose) = found
+    assert code and all(torch.equal(code[name], prose[name]) for name in code)
+    assert of_code != of_prose
 
 
 def test_soft_labels(pair: Path, report: dict[str, Any]) -> None:
