@@ -34,9 +34,8 @@ class DraftModel:
 
     def receive(self, sequence: DraftSequence, command: ExtendSequence) -> None:
         """Notes verified positions; `take_in` writes them."""
-        if command.num_unverified is None:  # else the next token is MS's own: nobody has judged it
-            chosen = command.token_ids if command.next_token_id is None else (*command.token_ids, command.next_token_id)
-            sequence.odds.learn(command.start_position, chosen)
+        chosen = command.token_ids if command.next_token_id is None else (*command.token_ids, command.next_token_id)
+        sequence.odds.learn(command.start_position, chosen)
         if self._tandem is None:
             sequence.receive_tokens(command.token_ids)
         elif command.token_ids:

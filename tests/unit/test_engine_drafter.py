@@ -267,8 +267,3 @@ def test_a_text_s_odds_are_learnt_from_what_is_verified(kind: str) -> None:
     other.ask(opening(), command)
     other.ask(quiet(extend(10, 12, round=2, text=wrong, tandem=kind == "tandem")))
     assert [each.odds.shift < 0 for each in engine._cache if each.peer_id == "q"] == [True]
-    # Standalone decoding takes drafts as they are: that they are the text says nothing of them.
-    unjudged = Peer(engine, "r")
-    unjudged.ask(opening(), command)
-    unjudged.ask(replace(extend(10, 13, round=2, text=right, tandem=kind == "tandem"), num_unverified=0))
-    assert [each.odds.shift for each in engine._cache if each.peer_id == "r"] == [0]
