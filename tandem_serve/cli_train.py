@@ -245,14 +245,19 @@ def router(
         Path | None, typer.Option(help="Where router.safetensors goes. Default: the drafter's folder, to be used.")
     ] = None,
     data: Data = "stdlib",
-    limit: Annotated[int, typer.Option(min=4, help="Texts that the primary writes; held-out ones: half as many.")] = 64,
+    limit: Annotated[
+        int, typer.Option(min=6, help="Texts to learn from; half as many more, held out, are measured on.")
+    ] = 64,
     target: Annotated[str, typer.Option(help="accept: was the draft right? tv: the paper's soft label.")] = "accept",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Of every other text; the rest is greedy.")] = 0.8,
     block_length: Annotated[int, typer.Option(min=2, max=64, help="Drafts a block.")] = 12,
     threads: Threads = 0,
     json_file: JsonOption = None,
 ) -> None:
-    """Train the router MLP of a drafter: run the pair, learn when its drafts are right, choose thresholds by cost."""
+    """Train the router MLP of a drafter: run the pair, learn when its drafts are right, choose thresholds by cost.
+
+    Give the --data that the pair was trained on, so that what is held out of it is what the pair has not seen either.
+    """
     from tandem_serve.training.fit_router import REPORT_FILE, RouterConfig, fit_router
 
     with reported():

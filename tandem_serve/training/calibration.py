@@ -104,19 +104,19 @@ def fixed_lengths(is_right: Tensor, length: int) -> list[list[int]]:
 
 def best_threshold(
     is_right: Tensor, scores: Tensor, costs: RoundCosts, *, compounds: bool, num_candidates: int = 39
-) -> tuple[float, Replayed]:
-    """The threshold with the most tokens a second, and what it gives."""
+) -> float:
+    """The threshold with the most tokens a second."""
     outcomes = is_right.tolist()
     candidates = [i / (num_candidates + 1) for i in range(1, num_candidates + 1)]
-    found = {t: replay(outcomes, block_lengths(scores, t, compounds=compounds), costs) for t in candidates}
-    best = max(found, key=lambda threshold: found[threshold].tokens_per_s)
-    return best, found[best]
+    return max(
+        candidates, key=lambda t: replay(outcomes, block_lengths(scores, t, compounds=compounds), costs).tokens_per_s
+    )
 
 
-def best_fixed(is_right: Tensor, costs: RoundCosts) -> tuple[int, Replayed]:
-    """The fixed block length with the most tokens a second, and what it gives."""
+def best_fixed(is_right: Tensor, costs: RoundCosts) -> int:
+    """The fixed block length with the most tokens a second."""
     outcomes = is_right.tolist()
-    longest = is_right.shape[-1]
-    found = {length: replay(outcomes, fixed_lengths(is_right, length), costs) for length in range(longest + 1)}
-    best = max(found, key=lambda length: found[length].tokens_per_s)
-    return best, found[best]
+    return max(
+        range(is_right.shape[-1] + 1),
+        key=lambda length: replay(outcomes, fixed_lengths(is_right, length), costs).tokens_per_s,
+    )

@@ -131,7 +131,7 @@ def heldout_prompts(
     random = np.random.default_rng(seed)
     usable = [(d, ids) for d in documents if len(ids := tokenizer.encode(d.text).ids) > 2 * max_tokens]
     if not usable:
-        raise ConfigError(f"no held-out document has more than {2 * max_tokens} tokens")
+        raise ConfigError(f"no document to cut prompts from has more than {2 * max_tokens} tokens: give longer texts")
     prompts = []
     for i in range(limit):
         document, token_ids = usable[i % len(usable)]

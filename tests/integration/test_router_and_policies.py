@@ -72,6 +72,7 @@ def test_examples_are_what_the_pair_drafts(pair: Path) -> None:
 
 def test_the_report_says_what_each_predictor_is_worth(pair: Path, report: dict[str, Any]) -> None:
     assert set(report["calibration"]) == {"entropy", "router", "optimal"}
+    assert report["num_texts"] == 4
     for name, figures in report["calibration"].items():
         assert 0 < figures["brier"] < (1 if name == "entropy" else 0.3)  # entropy is a bound, no estimate
         assert sum(b["count"] for b in figures["bins"]) == report["num_drafts"]
@@ -86,7 +87,7 @@ def test_the_report_says_what_each_predictor_is_worth(pair: Path, report: dict[s
 
 def test_held_out_texts_are_measured_on_alone(pair: Path, tmp_path: Path) -> None:
     training = [Document("some", "def f(value):\n    return value\n" * 60)]
-    config = RouterConfig(num_texts=4, num_tokens=16, block_length=3, num_steps=20)
+    config = RouterConfig(num_texts=6, num_tokens=16, block_length=3, num_steps=20)
     found = []
     for name, text in (("code", "class A:\n    pass\n"), ("prose", "To be, or not to be.\n")):
         held_out = [Document(name, text * 60)]
@@ -100,7 +101,7 @@ def test_held_out_texts_are_measured_on_alone(pair: Path, tmp_path: Path) -> Non
 
 def test_soft_labels(pair: Path, report: dict[str, Any]) -> None:
     options = ["--primary", str(pair / "primary"), "--drafter", str(pair / "drafter"), "--data", str(pair / "corpus")]
-    soft = ["--limit", "4", "--block-length", "2", "--target", "tv", "--out", str(pair / "soft")]
+    soft = ["--limit", "6", "--block-length", "2", "--target", "tv", "--out", str(pair / "soft")]
     result = CliRunner().invoke(cli_train.app, ["router", *options, *soft])
     assert result.exit_code == 0, result.output
     assert (pair / "soft" / ROUTER_FILE).is_file()

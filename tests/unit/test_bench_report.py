@@ -170,7 +170,7 @@ def test_tables_stand_beside_the_papers(folder: Path) -> None:
     (against,) = (table for title, table in tables.items() if "tandem over the plain drafter" in title)
     assert against.rows == [["policies", "1", "together", "1", "4", "", "fixed-1", "plain-drafter:fixed-2", "1.125"]]
     assert tables["Measured engines"].rows[1][-1] == "1.50"
-    router = tables["router: policies at their measured thresholds, replayed"]
+    router = tables["router: policies at thresholds chosen on other texts, replayed"]
     assert router.columns == ("policy", "block_length", "threshold", "tokens_per_s")
     assert router.rows == [["fixed", "5", "", ""], ["router", "", "0.3", "90"]]
     (policies,) = (table for title, table in tables.items() if "block policies" in title)

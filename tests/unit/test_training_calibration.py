@@ -14,6 +14,7 @@ from tandem_serve.training.calibration import (
     best_threshold,
     block_lengths,
     calibration,
+    fixed_lengths,
     replay,
 )
 
@@ -60,9 +61,12 @@ def test_a_block_ends_with_the_first_draft_that_scores_too_low() -> None:
 def test_a_rule_that_knows_beats_every_fixed_length() -> None:
     random = torch.Generator().manual_seed(0)
     is_right = torch.rand((20, 40, 6), generator=random) < torch.rand((20, 40, 1), generator=random)
-    length, fixed = best_fixed(is_right, COSTS)
-    threshold, replayed = best_threshold(is_right, 0.1 + 0.8 * is_right.float(), COSTS, compounds=False)
+    scores = 0.1 + 0.8 * is_right.float()
+    length = best_fixed(is_right, COSTS)
+    threshold = best_threshold(is_right, scores, COSTS, compounds=False)
     assert 0 < length < 6
     assert 0.1 < threshold < 0.9
+    fixed = replay(is_right.tolist(), fixed_lengths(is_right, length), COSTS)
+    replayed = replay(is_right.tolist(), block_lengths(scores, threshold, compounds=False), COSTS)
     assert replayed.tokens_per_s > 1.2 * fixed.tokens_per_s
     assert replayed.num_drafts < fixed.num_drafts or length < 3

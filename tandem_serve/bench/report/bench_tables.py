@@ -92,16 +92,15 @@ def _ratio(document: dict[str, Any], mode: str) -> str:
 def router_tables(name: str, document: dict[str, Any]) -> list[Table]:
     predictors = {key: value for key, value in document["calibration"].items() if isinstance(value, dict)}
     calibration = {key: {k: v for k, v in value.items() if k != "bins"} for key, value in predictors.items()}
-    is_by_policy = any(isinstance(costs, dict) for costs in document.get("costs_ms", {}).values())
-    policies, title = document.get("policies", {}), f"{name}: policies at their measured thresholds, replayed"
+    policies, title = document.get("policies", {}), f"{name}: policies at thresholds chosen on other texts, replayed"
     return [
         records_table(f"{name}: calibration of each predictor", "predictor", calibration),
-        records_table(title, "policy", policies, _REPLAYED if is_by_policy else ""),
+        records_table(title, "policy", policies, _REPLAYED),
     ]
 
 
 _REPLAYED = (
-    "Replayed at each policy's own costs of a round, one sequence at a time, on texts that nothing was chosen by. "
+    "Replayed at each policy's own costs of a round, one sequence at a time, greedy and sampled texts together. "
     "What decoding itself gives is in the measured policies."
 )
 
