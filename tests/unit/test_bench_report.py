@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,10 @@ def test_the_page_stands_alone_and_shows_every_document(folder: Path, tmp_path: 
     assert write_report(folder, tmp_path / "out" / "report.html") == 13
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 2 * 5 + 1 + 6
-    for reference in ('src="http', "href=", "<script"):
+    for reference in ('src="http', 'href="http', "<script"):
         assert reference not in page
+    links, targets = re.findall(r'href="#([^"]+)"', page), re.findall(r'id="([^"]+)"', page)
+    assert links == targets and len(set(links)) == len(links) == 10
     assert "tandem-serve eval &lt;x&gt;" in page and "0123456789ab" in page
     for title in (
         "Table 1",
@@ -144,7 +147,9 @@ def test_the_page_stands_alone_and_shows_every_document(folder: Path, tmp_path: 
         "By domain",
         "Training configurations",
         "Measured engines",
-        "policies: block policies",
+        ">Side by side</h2>",
+        ">policies</h2>",
+        "<h3>block policies",
         "calibration of each predictor",
         "Training losses",
     ):

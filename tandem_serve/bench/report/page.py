@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tandem_serve.bench.report.documents import Documents, read_documents
-from tandem_serve.bench.report.plots import all_plots
+from tandem_serve.bench.report.plots import Plot, all_plots
+from tandem_serve.bench.report.table import Table
 from tandem_serve.bench.report.tables import all_tables
 
 
@@ -22,15 +25,43 @@ def write_report(folder: Path, out: Path) -> int:
     environment = Environment(
         loader=PackageLoader("tandem_serve.bench", "report"), autoescape=True, undefined=StrictUndefined
     )
+    sources = _sources(documents)
     page = environment.get_template("page.html.j2").render(
         title=folder.resolve().name,
-        tables=all_tables(documents),
-        plots=all_plots(documents),
-        sources=_sources(documents),
+        sections=_sections([name for name, _, _ in sources], all_tables(documents), all_plots(documents)),
+        sources=sources,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return documents.count
+
+
+OVERVIEW = "Side by side"
+
+
+@dataclass
+class _Section:
+    """What there is of one document, its tables above its plots; titles are without the document's name."""
+
+    tables: list[tuple[str, Table]] = field(default_factory=list)
+    plots: list[tuple[str, Plot]] = field(default_factory=list)
+
+
+def _sections(names: Sequence[str], tables: Sequence[Table], plots: Sequence[Plot]) -> dict[str, _Section]:
+    """By document; first what is of several of them, or of the paper."""
+    sections = {name: _Section() for name in (OVERVIEW, *names)}
+
+    def place(title: str) -> tuple[_Section, str]:
+        name, found, rest = title.partition(": ")
+        return (sections[name], rest) if found and name in names else (sections[OVERVIEW], title)
+
+    for table in tables:
+        section, title = place(table.title)
+        section.tables.append((title, table))
+    for plot in plots:
+        section, title = place(plot.title)
+        section.plots.append((title, plot))
+    return {name: section for name, section in sections.items() if section.tables or section.plots}
 
 
 def _sources(documents: Documents) -> list[tuple[str, str, str]]:
