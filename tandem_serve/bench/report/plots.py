@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,8 @@ def all_plots(documents: Documents) -> list[Plot]:
     return [Plot(title, _image(draw, panels)) for title, panels, draw in _drawings(documents)]
 
 
-Draw = Callable[[Any], None]  # draws on an axes, or on a list of them where there are several panels
+Draw = Callable[[Any], None]  # draws on a list of axes, one a panel
+_MOST_COLUMNS = 3
 
 
 def _drawings(documents: Documents) -> Iterator[tuple[str, int, Draw]]:
@@ -58,7 +60,7 @@ def _drawings(documents: Documents) -> Iterator[tuple[str, int, Draw]]:
         if bins:
             yield f"{name}: reliability", 1, partial(_reliability, bins=bins)
     if documents.trainings:
-        yield "Training losses", 1, partial(_losses, trainings=documents.trainings)
+        yield "Training losses", len(documents.trainings), partial(_losses, trainings=documents.trainings)
 
 
 def _block_lengths(axes: Any, document: dict[str, Any]) -> None:
@@ -196,11 +198,12 @@ def _reliability(axes: Any, bins: dict[str, list[dict[str, float]]]) -> None:
 
 
 def _losses(axes: Any, trainings: dict[str, list[dict[str, Any]]]) -> None:
-    for run, records in trainings.items():
+    for ax, (run, records) in zip(axes, trainings.items(), strict=True):
         for name in records[0]["losses"]:
             points = [(r["tokens"], r["losses"][name]) for r in records if name in r["losses"]]
-            axes[0].plot(*zip(*points, strict=True), label=f"{run}: {name}", linewidth=1)
-    _label(axes[0], "tokens", "loss")
+            ax.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        ax.set_title(run)
+        _label(ax, "tokens", "loss")
 
 
 def _label(ax: Any, x: str, y: str) -> None:
@@ -216,8 +219,13 @@ def _image(draw: Draw, panels: int) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("a report needs matplotlib: pip install 'tandem-serve[train]'") from None
-    figure = Figure(figsize=(5.5 * panels, 3.8), layout="constrained")
-    draw(figure.subplots(1, panels, squeeze=False)[0])
+    columns = min(panels, _MOST_COLUMNS)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(5.5 * columns, 3.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in axes[panels:]:
+        unused.axis("off")
+    draw(axes[:panels])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
