@@ -81,7 +81,7 @@ def standalone_table(name: str, document: dict[str, Any]) -> Table:
     title = (
         f"{name}: standalone, primary inflated {inflated}x (the paper, blocks of 3: 2.75 times ML, 1.16 times Otter)"
     )
-    return records_table(title, "writes", records)
+    return records_table(title, "writes", records.items())
 
 
 def _ratio(document: dict[str, Any], mode: str) -> str:
@@ -94,8 +94,8 @@ def router_tables(name: str, document: dict[str, Any]) -> list[Table]:
     calibration = {key: {k: v for k, v in value.items() if k != "bins"} for key, value in predictors.items()}
     policies, title = document.get("policies", {}), f"{name}: policies at thresholds chosen on other texts, replayed"
     return [
-        records_table(f"{name}: calibration of each predictor", "predictor", calibration),
-        records_table(title, "policy", policies, _REPLAYED),
+        records_table(f"{name}: calibration of each predictor", "predictor", calibration.items()),
+        records_table(title, "policy", policies.items(), _REPLAYED),
     ]
 
 
@@ -107,11 +107,11 @@ _REPLAYED = (
 
 def policies_table(name: str, document: dict[str, Any]) -> Table:
     """Each policy under each load; what is measured of one is flat, but for its spread."""
-    records: dict[str, dict[str, Any]] = {}
+    records: list[tuple[str, dict[str, Any]]] = []
     for cell in document["cells"]:
         load = {key: value for key, value in cell.items() if not isinstance(value, dict)}
         for policy, figures in cell.get("policies", {}).items():
             flat = {key: value for key, value in figures.items() if not isinstance(value, dict)}
-            records[f"{policy} #{len(records) + 1}"] = {**load, **flat}
+            records.append((policy, {**load, **flat}))
     title = f"{name}: block policies (the paper's adaptive length: 1.045, 1.051, 1.093)"
     return records_table(title, "policy", records)

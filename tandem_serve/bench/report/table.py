@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,12 @@ class Table:
     note: str = ""
 
 
-def records_table(title: str, what: str, records: dict[str, dict[str, Any]], note: str = "") -> Table:
-    """Flat records by name, under the keys that any of them has."""
-    columns = list(dict.fromkeys(key for record in records.values() for key in record))
-    rows = [[name, *(as_cell(record.get(key, "")) for key in columns)] for name, record in records.items()]
-    return Table(title, (what, *columns), rows, note)
+def records_table(title: str, what: str, records: Iterable[tuple[str, dict[str, Any]]], note: str = "") -> Table:
+    """Flat records and their names, under the keys that any of them has."""
+    named = list(records)
+    columns = list(dict.fromkeys(key for _, record in named for key in record))
+    rows = [[name, *(as_cell(record.get(key, "")) for key in columns)] for name, record in named]
+    return Table(title, (what, *(column.replace("_", " ") for column in columns)), rows, note)
 
 
 def as_cell(value: Any) -> str:
