@@ -78,6 +78,8 @@ def test_the_report_says_what_each_predictor_is_worth(pair: Path, report: dict[s
         assert sum(b["count"] for b in figures["bins"]) == report["num_drafts"]
     assert set(report["costs_ms"]) == {"fixed", "entropy", "router", "optimal"}
     assert all(milliseconds >= 0 for costs in report["costs_ms"].values() for milliseconds in costs.values())
+    for what in ("round_s", "verify_s"):  # policies differ in what a draft takes, in nothing else
+        assert len({costs[what] for costs in report["costs_ms"].values()}) == 1
     model = drafter_acceptance(pair / "drafter")
     assert model is not None
     for policy in (PolicyName.ENTROPY, PolicyName.ROUTER, PolicyName.OPTIMAL):

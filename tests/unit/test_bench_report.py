@@ -124,15 +124,16 @@ def folder(tmp_path: Path) -> Path:
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(document))
     (tmp_path / "broken.json").write_text("{")
-    run = tmp_path / "run"
-    run.mkdir()
     records = [{"step": i, "tokens": 100 * i, "losses": {"drafter": 5.0 - i}} for i in range(3)]
-    (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 3, "lo')
+    for name in ("run", "run-2", "run-3", "run-4"):  # more than there are columns of panels
+        (tmp_path / name).mkdir()
+        log = tmp_path / name / "log.jsonl"
+        log.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 3, "lo')
     return tmp_path
 
 
 def test_the_page_stands_alone_and_shows_every_document(folder: Path, tmp_path: Path) -> None:
-    assert write_report(folder, tmp_path / "out" / "report.html") == 13
+    assert write_report(folder, tmp_path / "out" / "report.html") == 16
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 2 * 5 + 1 + 6
     for reference in ('src="http', 'href="http', "<script"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tandem_serve.models.acceptance import AcceptanceConfig, AcceptanceModel, draft_features
-from tandem_serve.training.calibration import RoundCosts
-from tandem_serve.training.fit_router import measure_acceptance
+from tandem_serve.training.calibration import RoundCosts, block_lengths, replay
+from tandem_serve.training.fit_router import _line, _slope, measure_acceptance
 from tandem_serve.training.router_examples import RouterExamples
 from tandem_serve.types import PolicyName
 
@@ -46,10 +47,28 @@ def test_what_is_chosen_knows_nothing_of_what_is_measured() -> None:
 def test_rules_are_replayed_apart_from_predictors() -> None:
     torch.manual_seed(0)
     model, embedding = AcceptanceModel(AcceptanceConfig(16)).eval(), torch.randn(8, 16)
-    found = measure_acceptance(model, _examples(0, 0.9), _examples(1, 0.9), embedding, COSTS)["policies"]
+    measured = _examples(1, 0.9)
+    found = measure_acceptance(model, _examples(0, 0.9), measured, embedding, COSTS)["policies"]
     assert set(found) == {
         "fixed", "entropy", "router", "optimal",
         "entropy, by product", "router, by product", "optimal, by last draft",
     }  # fmt: skip
-    assert found["optimal"]["over_fixed"] > 1
-    assert found["optimal"] != found["optimal, by last draft"]
+    features = measured.features
+    scores = {
+        "router": model.mlp(features, embedding).sigmoid(),
+        "optimal": model.quick(features.draft_logprob, features.is_sampled).sigmoid(),
+    }
+    for name, score in scores.items():
+        lengths = block_lengths(score, found[name]["threshold"], compounds=name == "optimal")
+        replayed = replay(measured.is_right.tolist(), lengths, COSTS[PolicyName.FIXED])
+        assert found[name]["tokens_per_s"] == replayed.tokens_per_s
+    assert found["optimal"]["tokens_per_s"] != found["optimal, by last draft"]["tokens_per_s"]
+
+
+def test_lines() -> None:
+    assert _line({1: 3.0, 2: 5.0, 4: 9.0}) == pytest.approx((1.0, 2.0))
+    assert _line({1: 4.0, 2: 2.0}) == (3.0, 0.0)  # nothing gets cheaper by being longer
+    noisy = {1: 3.1, 4: 8.7, 8: 17.3, 16: 33.2}
+    intercept, slope = _line(noisy)
+    assert _slope(noisy, intercept) == pytest.approx(slope)
+    assert _slope({1: 2.0, 2: 3.0}, 5.0) == 0

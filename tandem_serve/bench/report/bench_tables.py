@@ -100,7 +100,7 @@ def router_tables(name: str, document: dict[str, Any]) -> list[Table]:
 
 
 _REPLAYED = (
-    "Replayed at each policy's own costs of a round, one sequence at a time, greedy and sampled texts together. "
+    "Replayed at measured costs of a round, one sequence at a time, greedy and sampled texts together. "
     "What decoding itself gives is in the measured policies."
 )
 
