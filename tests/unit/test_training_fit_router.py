@@ -13,8 +13,13 @@ from tandem_serve.types import PolicyName
 
 SHAPE = (6, 30, 5)  # texts, openings, drafts
 COSTS = {
-    policy: RoundCosts(round_s=1.0, draft_s=0.1, verify_s=0.05)
-    for policy in (PolicyName.FIXED, PolicyName.ENTROPY, PolicyName.ROUTER, PolicyName.OPTIMAL)
+    policy: RoundCosts(round_s=1.0, draft_s=draft_s, verify_s=0.05)
+    for policy, draft_s in (
+        (PolicyName.FIXED, 0.1),
+        (PolicyName.ENTROPY, 0.12),
+        (PolicyName.ROUTER, 0.15),
+        (PolicyName.OPTIMAL, 0.11),
+    )
 }
 
 
@@ -60,7 +65,7 @@ def test_rules_are_replayed_apart_from_predictors() -> None:
     }
     for name, score in scores.items():
         lengths = block_lengths(score, found[name]["threshold"], compounds=name == "optimal")
-        replayed = replay(measured.is_right.tolist(), lengths, COSTS[PolicyName.FIXED])
+        replayed = replay(measured.is_right.tolist(), lengths, COSTS[PolicyName(name)])
         assert found[name]["tokens_per_s"] == replayed.tokens_per_s
     assert found["optimal"]["tokens_per_s"] != found["optimal, by last draft"]["tokens_per_s"]
 
